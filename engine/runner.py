@@ -1,0 +1,30 @@
+"""Runs one step on the device: chunks in, next tokens out."""
+
+from collections.abc import Sequence as Sequence_
+
+import torch
+
+from pdengine.engine.batch import build_batch
+from pdengine.engine.kv_cache import KVCache
+from pdengine.engine.sampler import sample
+from pdengine.engine.scheduler import Chunk
+from pdengine.models.decoder import Decoder
+
+
+class Runner:
+    """Owns the model and writes the KV cache. Belongs to the engine thread."""
+
+    def __init__(self, model: Decoder, kv_cache: KVCache, device: torch.device) -> None:
+        self._model = model
+        self._kv_cache = kv_cache
+        self._device = device
+
+    @torch.inference_mode()
+    def run(self, chunks: Sequence_[Chunk]) -> list[int]:
+        """Compute `chunks`; the next token of each chunk that samples, in order."""
+        batch = build_batch(chunks, self._kv_cache.block_size, self._device)
+        hidden = self._model(batch.token_ids, batch.positions, self._kv_cache.pool, batch.attention)
+        if not batch.sampled:
+            return []
+        logits = self._model.logits(hidden[batch.sampled_rows])
+        return sample(logits, batch.sampled)

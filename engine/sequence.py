@@ -1,0 +1,69 @@
+"""A request inside the engine: its tokens, its blocks, and how far its KV cache has come."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from pdengine.engine.leases import BorrowedLease
+from pdengine.transport.messages import FinishReason, SamplingParams, Work
+
+
+class Mode(Enum):
+    """What the worker was asked to do with a request."""
+
+    PREFILL = "prefill"  # compute the prompt, sample one token, hold the KV cache under a lease
+    DECODE = "decode"  # pull the KV cache, then write the answer
+    WHOLE = "whole"  # do both here
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Written by the scheduler (blocks, num_computed) and by `append` (tokens); compared by identity."""
+
+    request_id: str
+    attempt: int
+    mode: Mode
+    sampling: SamplingParams
+    num_prompt_tokens: int
+    token_ids: list[int]  # prompt and answer so far
+    lease: BorrowedLease | None = None  # mode DECODE: what to pull
+    block_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0  # leading tokens whose keys and values are in the pool
+    finish_reason: FinishReason | None = None
+
+    @classmethod
+    def from_work(cls, work: Work, mode: Mode, lease: BorrowedLease | None = None) -> "Sequence":
+        return cls(
+            request_id=work.request_id,
+            attempt=work.attempt,
+            mode=mode,
+            sampling=work.sampling,
+            num_prompt_tokens=len(work.prompt_ids),
+            token_ids=work.prompt_ids + work.output_ids,
+            lease=lease,
+        )
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def max_cached_tokens(self) -> int:
+        """Tokens whose keys and values this worker will ever hold; the last token of an answer needs none."""
+        if self.mode is Mode.PREFILL:
+            return len(self.token_ids)
+        return self.num_prompt_tokens + self.sampling.max_tokens - 1
+
+    def append(self, token_id: int, eos_token_ids: frozenset[int]) -> None:
+        """Take the next token of the answer and see whether it is the last one."""
+        self.token_ids.append(token_id)
+        if token_id in self.sampling.stop_token_ids or (
+            token_id in eos_token_ids and not self.sampling.ignore_eos
+        ):
+            self.finish_reason = "stop"
+        elif self.num_output_tokens >= self.sampling.max_tokens:
+            self.finish_reason = "length"
+
+
+def blocks_for(num_tokens: int, block_size: int) -> int:
+    """Blocks that hold `num_tokens` tokens."""
+    return -(-num_tokens // block_size)

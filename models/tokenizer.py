@@ -1,0 +1,245 @@
+"""Text to token ids and back, as the checkpoint's own `tokenizer.json` says; no torch, no transformers."""
+
+import codecs
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from pdengine.models.chat_template import ChatTemplate, ChatTemplateError
+from pdengine.models.checkpoint import CheckpointError, JsonFields, read_json
+
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+# Tokens that may be held back because their text ends in U+FFFD: a character has at most four bytes.
+MAX_HELD_TOKENS = 4
+
+
+class Tokenizer:
+    """Use `Tokenizer.load(directory)`. Safe to share between threads."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, chat_template: ChatTemplate | None, name: str) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._chat_template = chat_template
+        self._name = name
+        self._special_ids = {i for i, t in backend.get_added_tokens_decoder().items() if t.special}
+        self._decoder_types = _decoder_types(backend)
+
+    @classmethod
+    def load(cls, directory: Path) -> "Tokenizer":
+        """Read tokenizer.json, and the chat template where there is one.
+
+        Raises CheckpointError for a missing or broken file, ChatTemplateError for a template that does not
+        compile.
+        """
+        directory = Path(directory)
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file (other tokenizer formats are not supported)")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises no narrower type
+            raise CheckpointError(f"{path}: not a valid tokenizer ({error})") from error
+        return cls(backend, _load_chat_template(directory), str(directory))
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of tokens, added ones included; a model's own vocab_size is often padded beyond it."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, with the special tokens that the checkpoint's post-processor adds.
+
+        Raises ValueError for text that is not valid Unicode (lone surrogates).
+        """
+        return self._encode(text, add_special_tokens=True)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of the prompt that asks for the assistant's next message.
+
+        Only the template adds special tokens, so there is never a second BOS. Raises ChatTemplateError when
+        there is no template or it fails, ValueError for text that is not valid Unicode.
+        """
+        if self._chat_template is None:
+            raise ChatTemplateError(
+                f"{self._name}: the model has no chat template, so it only takes plain prompts"
+            )
+        return self._encode(self._chat_template.render(messages), add_special_tokens=False)
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of `ids`; ids that no token has, as in a padded vocabulary, have no text."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text has a lone surrogate at character {error.start}") from error
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def visible_token(self, token_id: int) -> str | None:
+        """The token as the vocabulary spells it, or None for special tokens and ids without a token."""
+        return None if token_id in self._special_ids else self._backend.id_to_token(token_id)
+
+    @property
+    def is_byte_level(self) -> bool:
+        """Every token is a string of bytes (GPT-2, Llama 3, Qwen), and nothing else happens in decoding."""
+        return self._decoder_types == ["ByteLevel"]
+
+    @property
+    def has_byte_fallback(self) -> bool:
+        """Tokens like <0x0A> are single bytes of characters outside the vocabulary (Llama 2)."""
+        return "ByteFallback" in self._decoder_types
+
+
+class IncrementalDetokenizer:
+    """Token ids in, text out as soon as it is certain; one per generated sequence.
+
+    The pieces concatenated are what `Tokenizer.decode` makes of all the ids, special tokens skipped, where the
+    prompt's text ends: a word's leading space, which decoding drops at the start of a text, is kept after
+    `prompt_ids`. No piece ends inside a character. The cost of a token does not grow with the output.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
+        self._stream: _ByteLevelStream | _WindowStream
+        if tokenizer.is_byte_level:
+            self._stream = _ByteLevelStream()
+        else:
+            self._stream = _WindowStream(tokenizer, prompt_ids)
+        self._tokenizer = tokenizer
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that these tokens complete; empty while a character is unfinished."""
+        pieces = []
+        for token_id in ids:
+            token = self._tokenizer.visible_token(token_id)
+            if token is not None:
+                pieces.append(self._stream.push(token_id, token))
+        return "".join(pieces)
+
+    def finish(self) -> str:
+        """The rest, when no more tokens come: unfinished characters become U+FFFD."""
+        return self._stream.finish()
+
+
+class _ByteLevelStream:
+    """Tokens are bytes in disguise, so a streaming UTF-8 decoder is all it takes."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int, token: str) -> str:
+        try:
+            return self._decoder.decode(bytes(BYTE_OF_CHARACTER[character] for character in token))
+        except KeyError:  # an added token, spelled in plain text
+            return self._decoder.decode(token.encode())
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class _WindowStream:
+    """For all other decoders: decode the new tokens after one token of context, and take what that adds.
+
+    The context only has to show the decoder that this is not the start of the text, so it is the last token
+    that stands for itself (not for a byte).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._held: list[int] = []
+        visible = ((token_id, tokenizer.visible_token(token_id)) for token_id in reversed(prompt_ids))
+        self._context = next(
+            ([token_id] for token_id, token in visible if token is not None and not self._is_byte(token)), []
+        )
+
+    def push(self, token_id: int, token: str) -> str:
+        self._held.append(token_id)
+        # The decoder judges a run of byte tokens as a whole: one that is not UTF-8 spoils it to the start.
+        if self._is_byte(token):
+            return ""
+        text = self._held_text()
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and len(self._held) < MAX_HELD_TOKENS:
+            return ""
+        self._context = [token_id]
+        self._held = []
+        return text
+
+    def finish(self) -> str:
+        text = self._held_text()
+        self._held = []
+        return text
+
+    def _held_text(self) -> str:
+        context_text = self._tokenizer.decode(self._context)
+        return self._tokenizer.decode(self._context + self._held)[len(context_text) :]
+
+    def _is_byte(self, token: str) -> bool:
+        return self._tokenizer.has_byte_fallback and BYTE_TOKEN.fullmatch(token) is not None
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's spelling of bytes: printable Latin-1 characters are themselves, the rest start at U+0100."""
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    others = [byte for byte in range(256) if byte not in printable]
+    mapping = {chr(byte): byte for byte in printable}
+    mapping.update({chr(256 + index): byte for index, byte in enumerate(others)})
+    return mapping
+
+
+BYTE_OF_CHARACTER: Mapping[str, int] = _byte_of_character()
+
+
+def _decoder_types(backend: tokenizers.Tokenizer) -> list[str]:
+    """The kinds of decoding steps, in order, as tokenizer.json names them."""
+    if backend.decoder is None:
+        return []
+    state: dict[str, Any] = json.loads(backend.decoder.__getstate__())
+    steps: list[dict[str, Any]] = state["decoders"] if state["type"] == "Sequence" else [state]
+    return [step["type"] for step in steps]
+
+
+def _load_chat_template(directory: Path) -> ChatTemplate | None:
+    """chat_template.jinja, else `chat_template` of tokenizer_config.json: a string, or a list of named ones."""
+    config_path = directory / "tokenizer_config.json"
+    fields = read_json(config_path) if config_path.exists() else JsonFields(config_path, {})
+    special_tokens = _special_tokens(fields)
+    template_path = directory / "chat_template.jinja"
+    if template_path.exists():
+        try:
+            return ChatTemplate(template_path.read_text(encoding="utf-8"), template_path, special_tokens)
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{template_path}: cannot be read ({error})") from error
+    template = fields.values.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+        if template is None:
+            raise fields.error("chat_template", 'must have a template named "default"')
+    if template is None:
+        return None
+    if not isinstance(template, str):
+        raise fields.error("chat_template", "must be a string or a list of named templates")
+    return ChatTemplate(template, config_path, special_tokens)
+
+
+def _special_tokens(fields: JsonFields) -> dict[str, str]:
+    """`bos_token` and its like: each a string, or an object whose `content` is one."""
+    tokens = {}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"):
+        value = fields.values.get(name)
+        content = value.get("content") if isinstance(value, dict) else value
+        if content is None:
+            continue
+        if not isinstance(content, str):
+            raise fields.error(name, "must be a string, or an object with a string content")
+        tokens[name] = content
+    return tokens

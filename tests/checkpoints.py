@@ -1,0 +1,149 @@
+"""Random small checkpoints of every supported family, written by transformers, with a tokenizer trained here.
+
+The weights are scaled so that greedy text wanders instead of repeating its last token, and norms and biases are
+random too, so that a forgotten one shows.
+"""
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+VOCAB_SIZE = 384  # a few more than the tokenizer has, as in real checkpoints
+BOS, EOS, END_OF_TURN = "<|begin|>", "<|end|>", "<|end_of_turn|>"
+CHAT_TEMPLATE = (
+    "{{- bos_token }}\n"
+    "{%- for message in messages %}\n"
+    "    {{- '<|' + message['role'] + '|>' + message['content'] | trim + '<|end_of_turn|>' }}\n"
+    "{%- endfor %}\n"
+    "{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+_LLAMA3_ROPE = {
+    "rope_theta": 500000.0,
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_SHAPE = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+}
+_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-mha": ("Llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
+    "llama-gqa": ("Llama", {"num_attention_heads": 8, "rope_parameters": {"rope_theta": 5e5}}),
+    "llama3-rope": ("Llama", {"rope_parameters": _LLAMA3_ROPE}),
+    "llama3-tied": ("Llama", {"rope_parameters": _LLAMA3_ROPE, "tie_word_embeddings": True}),
+    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 32}),
+    "qwen2": ("Qwen2", {"num_attention_heads": 6, "hidden_size": 96, "rope_parameters": {"rope_theta": 1e6}}),
+    "qwen2-tied": ("Qwen2", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True, "rope_parameters": {"rope_theta": 1e6}}),
+    "qwen3-biases": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
+}
+# These keep the spelling of rope that checkpoints had before transformers 5.
+_OLD_ROPE_SPELLING = {"llama-gqa", "llama3-rope", "qwen2"}
+
+FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
+
+
+def write_checkpoint(
+    family: str,
+    directory: Path,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "1GB",
+    overrides: Mapping[str, Any] | None = None,
+) -> None:
+    """Write config, weights, generation config and tokenizer of one of FAMILIES into `directory`.
+
+    `overrides` are fields of the transformers configuration, for example `{"num_hidden_layers": 1}`.
+    """
+    architecture, options = _FAMILIES[family]
+    tokenizer = small_bpe_tokenizer()
+    token_ids = {
+        "bos_token_id": tokenizer.token_to_id(BOS),
+        "eos_token_id": [tokenizer.token_to_id(EOS), tokenizer.token_to_id(END_OF_TURN)],
+    }
+    config_class = getattr(transformers, f"{architecture}Config")
+    # transformers completes rope_parameters in place
+    fields = json.loads(json.dumps({**_SHAPE, **token_ids, **options, **(overrides or {})}))
+    model = getattr(transformers, f"{architecture}ForCausalLM")(config_class(**fields))
+    _randomize(model, seed)
+    model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
+    if family in _OLD_ROPE_SPELLING:
+        _spell_rope_as_before(directory / "config.json")
+    write_tokenizer(directory, tokenizer)
+
+
+def write_tokenizer(directory: Path, tokenizer: Tokenizer, chat_template: str | None = CHAT_TEMPLATE) -> None:
+    """Write tokenizer.json and tokenizer_config.json."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "clean_up_tokenization_spaces": False,
+    }
+    if chat_template is not None:
+        config["chat_template"] = chat_template
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+
+
+@cache
+def small_bpe_tokenizer() -> Tokenizer:
+    """A byte-level BPE of about 350 tokens that puts BOS before every text, like Llama 3."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE - 30,
+        special_tokens=[BOS, EOS, END_OF_TURN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    corpus = "the cat sat on the mat and the dog ran after it; 東京は大きな都市です, naïve café, good morning 👋🏽 "
+    tokenizer.train_from_iterator([corpus * 20], trainer)
+    roles = ["<|system|>", "<|user|>", "<|assistant|>"]
+    tokenizer.add_special_tokens([AddedToken(role, special=True, normalized=False) for role in roles])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    return tokenizer
+
+
+def _randomize(model: torch.nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("bias"):
+            noise *= 0.2
+        elif "norm" in name:
+            noise = 1.0 + 0.2 * noise
+        elif "embed_tokens" in name:
+            noise *= 0.3
+        else:
+            noise *= 1.2 * parameter.shape[-1] ** -0.5
+        parameter.data.copy_(noise)
+
+
+def _spell_rope_as_before(config_path: Path) -> None:
+    config = json.loads(config_path.read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = rope if rope["rope_type"] != "default" else None
+    config["torch_dtype"] = config.pop("dtype")
+    config_path.write_text(json.dumps(config, indent=2))

@@ -1,0 +1,441 @@
+"""Every message that crosses a process boundary, one struct each, as msgpack.
+
+The structs are tagged unions of msgspec (https://jcristharif.com/msgspec): decoding checks every type, and
+what does not decode is an error of the sender, never of this process. Durations are in seconds and are
+durations: no clock reading ever crosses the wire.
+
+    client  -> router   Generate, Cancel, GetStatus
+    router  -> client   Accepted, Delta, Status, and one Outcome per request
+    worker  -> router   Hello, Heartbeat, Leaving, PeerLink, Prefilled, DecodeAccepted, Pulled, StepTokens,
+                        WorkFailed, LeasesRenewed
+    router  -> worker   Welcome, Refused, HeartbeatReply, PeerJoined, PeerLeft, Prefill, Decode,
+                        PrefillAndDecode, Abort, RenewLeases, ReleaseLeases
+    decode  -> prefill  RenewLeases, ReleaseLeases
+    prefill -> decode   LeasesRenewed
+"""
+
+from typing import Literal
+
+import msgspec
+
+from pdengine.transport.regions import RegionDescriptor
+
+PROTOCOL_VERSION = 1
+
+Role = Literal["prefill", "decode", "unified"]
+FinishReason = Literal["stop", "length"]
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """Base of all messages; the class name is the tag on the wire."""
+
+
+# ---------------------------------------------------------------------------------------------- requests
+
+
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How tokens are chosen and when a request ends.
+
+    max_tokens: tokens to write at most, at least 1.
+    temperature: 0 is greedy.
+    top_k: sample among the k most likely tokens; 0 means all.
+    top_p: sample among the smallest set of tokens whose probability reaches p (nucleus sampling,
+        Holtzman et al., arXiv 1904.09751); 1 means all.
+    seed: noise is a function of (seed, position). The router draws one where the client gave none.
+    stop_token_ids: end after any of these, in addition to the model's end-of-sequence tokens.
+    ignore_eos: do not end at the model's end-of-sequence tokens.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+class TextPrompt(msgspec.Struct, frozen=True, tag="text"):
+    text: str
+
+
+class TokenPrompt(msgspec.Struct, frozen=True, tag="tokens"):
+    token_ids: list[int]
+
+
+class ChatMessage(msgspec.Struct, frozen=True):
+    role: str
+    content: str
+
+
+class ChatPrompt(msgspec.Struct, frozen=True, tag="chat"):
+    messages: list[ChatMessage]
+
+
+Prompt = TextPrompt | TokenPrompt | ChatPrompt
+
+
+class Work(msgspec.Struct, frozen=True):
+    """One attempt at one request, as a worker gets it.
+
+    attempt: counts up whenever the router gives the request to somebody again; workers and router ignore
+        whatever belongs to an older attempt.
+    output_ids: tokens that were written before this attempt, which continues after them.
+    sampling: with a seed.
+    """
+
+    request_id: str
+    attempt: int
+    prompt_ids: list[int]
+    output_ids: list[int]
+    sampling: SamplingParams
+
+
+class KVLease(msgspec.Struct, frozen=True):
+    """The right to read the KV cache of one prompt from the worker that computed it.
+
+    engine_id: the worker that holds the blocks. num_tokens: tokens whose keys and values they hold.
+    duration: seconds from each acknowledged renewal.
+    """
+
+    lease_id: int
+    engine_id: str
+    block_ids: list[int]
+    num_tokens: int
+    duration: float
+
+
+class Usage(msgspec.Struct, frozen=True):
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+
+class TransferStats(msgspec.Struct, frozen=True):
+    """What one pull moved. seconds: from the first post to the last completion. lanes: as UCX names them."""
+
+    num_blocks: int
+    num_bytes: int
+    num_gets: int
+    seconds: float
+    lanes: str
+
+
+# ------------------------------------------------------------------------------------- client <-> router
+
+
+class Generate(Message, frozen=True):
+    """tag: the client's own number for this request, unique among its requests in flight.
+
+    timeout: seconds until the router aborts the request; None is no deadline.
+    """
+
+    tag: int
+    prompt: Prompt
+    sampling: SamplingParams = SamplingParams()
+    timeout: float | None = None
+
+
+class Cancel(Message, frozen=True):
+    tag: int
+
+
+class GetStatus(Message, frozen=True):
+    tag: int
+
+
+class Accepted(Message, frozen=True):
+    tag: int
+    request_id: str
+    prompt_tokens: int
+
+
+class Delta(Message, frozen=True):
+    """New tokens, and the text that they complete; text may lag tokens by part of a character."""
+
+    tag: int
+    text: str
+    token_ids: list[int]
+
+
+class Finished(Message, frozen=True):
+    """text: what was still held back from the last Delta."""
+
+    tag: int
+    finish_reason: FinishReason
+    usage: Usage
+    prefill_worker: str
+    decode_worker: str
+    attempts: int
+    text: str = ""
+    transfer: TransferStats | None = None
+
+
+class Rejected(Message, frozen=True):
+    """Refused at the door: nothing was computed. field: the argument at fault, if there is one."""
+
+    tag: int
+    reason: str
+    field: str | None = None
+
+
+class Aborted(Message, frozen=True):
+    tag: int
+    cause: Literal["cancelled", "timeout"]
+
+
+class Failed(Message, frozen=True):
+    tag: int
+    reason: str
+
+
+Outcome = Finished | Rejected | Aborted | Failed
+
+
+class Malformed(Message, frozen=True):
+    """Answer to a message that could not be understood."""
+
+    reason: str
+
+
+class WorkerStatus(msgspec.Struct, frozen=True):
+    engine_id: str
+    role: Role
+    load: "Load"
+    heartbeat_age: float
+    links: dict[str, str]
+
+
+class Status(Message, frozen=True):
+    tag: int
+    epoch: str
+    workers: list[WorkerStatus]
+    requests: int
+
+
+ClientToRouter = Generate | Cancel | GetStatus
+RouterToClient = Accepted | Delta | Finished | Rejected | Aborted | Failed | Malformed | Status
+
+
+# ------------------------------------------------------------------------------------- worker <-> router
+
+
+class Compatibility(msgspec.Struct, frozen=True):
+    """What must be equal in all workers of a cluster, compared at join field by field.
+
+    model: fingerprint of configuration and tokenizer, equal to the router's too. weights: fingerprint of
+    the weights. layout: version of the pool's layout. ucx: library version, since versions may not be
+    able to talk to each other (openucx/ucx#10376).
+    """
+
+    protocol: int
+    model: str
+    weights: str
+    dtype: str
+    block_size: int
+    layout: str
+    ucx: str
+
+
+class PeerDescriptor(msgspec.Struct, frozen=True):
+    """How other workers reach a worker: its control address, its transfer address and its pool."""
+
+    engine_id: str
+    role: Role
+    control_address: str
+    transfer_address: bytes
+    region: RegionDescriptor
+
+
+class Load(msgspec.Struct, frozen=True):
+    """running, waiting: requests. pinned_blocks: held by leases; quarantined_blocks: destinations of pulls
+    that have not ended. step_age: seconds since the engine loop last turned, while it has work; else 0.
+    """
+
+    num_blocks: int
+    free_blocks: int
+    pinned_blocks: int = 0
+    quarantined_blocks: int = 0
+    running: int = 0
+    waiting: int = 0
+    step_age: float = 0.0
+
+
+class Hello(Message, frozen=True):
+    """max_context: tokens of prompt and answer together that this worker takes for one request."""
+
+    peer: PeerDescriptor
+    compatibility: Compatibility
+    load: Load
+    max_context: int
+
+
+class Heartbeat(Message, frozen=True):
+    load: Load
+
+
+class Leaving(Message, frozen=True):
+    """No new work, please: this worker finishes what it has and stops."""
+
+
+class PeerLink(Message, frozen=True):
+    """This worker can pull from `engine_id` over `lanes`, or cannot, because of `error`."""
+
+    engine_id: str
+    lanes: str = ""
+    error: str = ""
+
+
+class Prefilled(Message, frozen=True):
+    """The prompt's KV cache is there, and so is the next token.
+
+    lease: None where the request ended with this token.
+    """
+
+    request_id: str
+    attempt: int
+    position: int
+    token_id: int
+    finish_reason: FinishReason | None
+    lease: KVLease | None
+
+
+class DecodeAccepted(Message, frozen=True):
+    """From now on this worker renews the lease."""
+
+    request_id: str
+    attempt: int
+
+
+class Pulled(Message, frozen=True):
+    request_id: str
+    attempt: int
+    stats: TransferStats
+
+
+class TokenUpdate(msgspec.Struct, frozen=True, array_like=True):
+    """position: of the token, counted from the first token of the answer."""
+
+    request_id: str
+    attempt: int
+    position: int
+    token_id: int
+    finish_reason: FinishReason | None
+
+
+class StepTokens(Message, frozen=True):
+    """The tokens of one engine step, of all requests."""
+
+    updates: list[TokenUpdate]
+
+
+class WorkFailed(Message, frozen=True):
+    """retry: whether another attempt may succeed."""
+
+    request_id: str
+    attempt: int
+    reason: str
+    retry: bool
+
+
+class Welcome(Message, frozen=True):
+    """epoch: names this run of the router; work of another epoch is aborted."""
+
+    epoch: str
+    heartbeat_interval: float
+    peers: list[PeerDescriptor]
+
+
+class Refused(Message, frozen=True):
+    """This worker cannot join: `field` is `theirs` here and `ours` in the cluster."""
+
+    field: str
+    ours: str
+    theirs: str
+
+
+class HeartbeatReply(Message, frozen=True):
+    """known: False asks the worker to say Hello again."""
+
+    epoch: str
+    known: bool
+
+
+class PeerJoined(Message, frozen=True):
+    peer: PeerDescriptor
+
+
+class PeerLeft(Message, frozen=True):
+    engine_id: str
+
+
+class Prefill(Message, frozen=True):
+    """Compute the prompt, answer Prefilled and hold the KV cache under a lease."""
+
+    work: Work
+
+
+class Decode(Message, frozen=True):
+    """Pull the leased KV cache and write the answer."""
+
+    work: Work
+    lease: KVLease
+
+
+class PrefillAndDecode(Message, frozen=True):
+    """Run the whole request here."""
+
+    work: Work
+
+
+class Abort(Message, frozen=True):
+    request_id: str
+
+
+class RenewLeases(Message, frozen=True):
+    """sequence: returned in the answer, so that the asker knows when it asked."""
+
+    sequence: int
+    lease_ids: list[int]
+
+
+class LeasesRenewed(Message, frozen=True):
+    """lost: leases that have expired or never existed."""
+
+    sequence: int
+    renewed: list[int]
+    lost: list[int]
+
+
+class ReleaseLeases(Message, frozen=True):
+    lease_ids: list[int]
+
+
+WorkerToRouter = (
+    Hello
+    | Heartbeat
+    | Leaving
+    | PeerLink
+    | Prefilled
+    | DecodeAccepted
+    | Pulled
+    | StepTokens
+    | WorkFailed
+    | LeasesRenewed
+)
+RouterToWorker = (
+    Welcome
+    | Refused
+    | HeartbeatReply
+    | PeerJoined
+    | PeerLeft
+    | Prefill
+    | Decode
+    | PrefillAndDecode
+    | Abort
+    | RenewLeases
+    | ReleaseLeases
+    | Malformed
+)
+PeerRequest = RenewLeases | ReleaseLeases
+PeerReply = LeasesRenewed | Malformed

@@ -1,0 +1,288 @@
+"""The loop that drives UCX without the GIL.
+
+Over TCP and shared memory UCX emulates a read: the process that is read from must progress its worker. A
+loop that needed the GIL would stall behind any Python code that computes, so this one is compiled by numba
+and calls UCX and libc by address. It posts the reads of all pulls, collects their completions, sleeps on
+file descriptors when there is nothing to do, and returns only when Python has something to do.
+
+State is shared with Python through int64 tables, whose columns are named here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import carray, cfunc, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic, register_jitable
+
+from pdengine.transport.ucx_library import UcxLibrary
+
+WINDOW = 64  # reads in flight per endpoint
+PROGRESS_CALLS = 4  # per pass, while UCX reports that it did something
+LONGEST_SLEEP_MS = 5000
+
+# Columns of the endpoint table
+ENDPOINT_STATE = 0  # one of the three states below
+ENDPOINT_HANDLE = 1
+ENDPOINT_REMOTE_KEY = 2
+ENDPOINT_STATUS = 3  # written by the error handler: 0, or the error that broke the endpoint
+ENDPOINT_IN_FLIGHT = 4  # reads that were posted and have not ended
+ENDPOINT_CLOSE_REQUEST = 5  # 0, or the request of a close that has not ended
+ENDPOINT_COLUMNS = 6
+FREE, OPEN, CLOSING = 0, 1, 2
+
+# Columns of the pull table; pulls are served in the order of its rows
+PULL_ENDPOINT = 0  # row of the endpoint table
+PULL_RANGES = 1  # address of an int64 array [num_gets, 3]: local address, remote address, bytes
+PULL_NUM_GETS = 2
+PULL_POSTED = 3
+PULL_COMPLETED = 4  # of those posted, how many have ended, well or not
+PULL_STATUS = 5  # 0, or the error after which nothing more is posted
+PULL_PARAMETERS = 6  # address of the ucp_request_param_t
+PULL_POSTED_AT = 7  # CLOCK_MONOTONIC in ns of the first post
+PULL_ENDED_AT = 8  # of the last completion
+PULL_COLUMNS = 9
+
+# Entries of the control array
+CONTROL_WAKE = 0  # set by Python: return soon
+CONTROL_DEADLINE = 1  # CLOCK_MONOTONIC in ns at which to return
+CONTROL_SIZE = 2
+
+RANGE_BYTES = 24
+_CLOCK_MONOTONIC = 1
+_UCS_INPROGRESS = 1
+_UCS_ERR_BUSY = -15
+_UCS_ERR_LAST = -100
+
+
+class NativeFunctions(NamedTuple):
+    """Addresses of the C functions that the loop calls, passed as arguments so that none is compiled in."""
+
+    progress: int
+    arm: int
+    get: int
+    check_status: int
+    free: int
+    poll: int
+    clock_gettime: int
+
+
+class NativeLoop(NamedTuple):
+    run: Callable[..., int]  # progress_until_news, compiled
+    error_handler: Any  # the compiled ucp_err_handler_cb_t; must outlive the endpoints
+
+
+def native_functions(library: UcxLibrary) -> NativeFunctions:
+    return NativeFunctions(
+        progress=library.address_of("ucp_worker_progress"),
+        arm=library.address_of("ucp_worker_arm"),
+        get=library.address_of("ucp_get_nbx"),
+        check_status=library.address_of("ucp_request_check_status"),
+        free=library.address_of("ucp_request_free"),
+        poll=library.address_of("poll"),
+        clock_gettime=library.address_of("clock_gettime"),
+    )
+
+
+def compile_loop() -> NativeLoop:
+    """Compile, or load from numba's cache; without a writable cache folder, compile anew."""
+    try:
+        return _compile(cache=True)
+    except (RuntimeError, OSError):  # numba's "no locator available", or a folder that cannot be written
+        return _compile(cache=False)
+
+
+def _compile(cache: bool) -> NativeLoop:
+    # Signatures make numba compile here and not at the first call.
+    table, vector, functions = types.int64[:, ::1], types.int64[::1], types.UniTuple(types.int64, 7)
+    signature = types.int64(functions, types.int64, types.int64, vector, vector, table, table, table)
+    error_signature = types.void(types.voidptr, types.voidptr, types.int8)
+    return NativeLoop(
+        njit(signature, nogil=True, cache=cache)(progress_until_news),
+        cfunc(error_signature, cache=cache)(_record_endpoint_error),
+    )
+
+
+def progress_until_news(functions, worker, descriptors, clock, control, endpoints, pulls, requests):  # type: ignore[no-untyped-def]
+    """Drive UCX until a pull ends, an endpoint breaks or is closed, Python asks, or the deadline passes.
+
+    functions: NativeFunctions as a plain tuple; worker: handle; descriptors: address of two pollfd (the
+    worker's events, Python's commands); clock: [2] for a timespec; control: [CONTROL_SIZE]; endpoints:
+    [n, ENDPOINT_COLUMNS]; pulls: [m, PULL_COLUMNS]; requests: [m, WINDOW], those in flight, 0 where none.
+    Returns 0, or the error of ucp_worker_arm.
+    """
+    progress, arm, get, check_status, free, poll, clock_gettime = functions
+    while True:
+        num_events = _post(get, clock_gettime, clock, endpoints, pulls, requests)
+        for _ in range(PROGRESS_CALLS):
+            if _call(progress, (worker,)) & 0xFFFFFFFF == 0:
+                break
+            num_events += 1
+        now = _now(clock_gettime, clock)
+        num_events += _collect(check_status, free, now, endpoints, pulls, requests)
+        if control[CONTROL_WAKE] != 0 or now >= control[CONTROL_DEADLINE] or _has_news(endpoints, pulls):
+            return 0
+        if num_events != 0:
+            continue
+        status = _status(_call(arm, (worker,)))
+        if status == _UCS_ERR_BUSY:
+            continue
+        if status < 0:
+            return status
+        remaining_ms = (control[CONTROL_DEADLINE] - now) // 1_000_000 + 1
+        _call(poll, (descriptors, 2, min(remaining_ms, LONGEST_SLEEP_MS)))
+
+
+def _record_endpoint_error(status_cell, endpoint, status):  # type: ignore[no-untyped-def]
+    """The ucp_err_handler_cb_t: no GIL, one store into ENDPOINT_STATUS."""
+    carray(status_cell, (1,), np.int64)[0] = status
+
+
+@register_jitable
+def _post(get, clock_gettime, clock, endpoints, pulls, requests):  # type: ignore[no-untyped-def]
+    num_posted = 0
+    for row in range(len(pulls)):
+        pull = pulls[row]
+        endpoint = endpoints[pull[PULL_ENDPOINT]]
+        while (
+            pull[PULL_POSTED] < pull[PULL_NUM_GETS]
+            and pull[PULL_STATUS] == 0
+            and endpoint[ENDPOINT_STATE] == OPEN
+            and endpoint[ENDPOINT_STATUS] == 0
+            and endpoint[ENDPOINT_IN_FLIGHT] < WINDOW
+            and num_posted < WINDOW  # so that reads that end at once do not keep Python waiting
+        ):
+            if pull[PULL_POSTED] == 0:
+                pull[PULL_POSTED_AT] = _now(clock_gettime, clock)
+            copy = pull[PULL_RANGES] + pull[PULL_POSTED] * RANGE_BYTES
+            request = _call(
+                get,
+                (
+                    endpoint[ENDPOINT_HANDLE],
+                    _load(copy),
+                    _load(copy + 16),
+                    _load(copy + 8),
+                    endpoint[ENDPOINT_REMOTE_KEY],
+                    pull[PULL_PARAMETERS],
+                ),
+            )
+            pull[PULL_POSTED] += 1
+            num_posted += 1
+            if _UCS_ERR_LAST <= request <= 0:  # ended at once: UCS_OK or an error
+                pull[PULL_COMPLETED] += 1
+                pull[PULL_ENDED_AT] = _now(clock_gettime, clock)
+                if request < 0:
+                    pull[PULL_STATUS] = request
+                continue
+            endpoint[ENDPOINT_IN_FLIGHT] += 1
+            for slot in range(WINDOW):
+                if requests[row, slot] == 0:
+                    requests[row, slot] = request
+                    break
+    return num_posted
+
+
+@register_jitable
+def _collect(check_status, free, now, endpoints, pulls, requests):  # type: ignore[no-untyped-def]
+    num_collected = 0
+    for row in range(len(pulls)):
+        pull = pulls[row]
+        for slot in range(WINDOW):
+            if pull[PULL_POSTED] == pull[PULL_COMPLETED]:
+                break
+            request = requests[row, slot]
+            if request == 0:
+                continue
+            status = _status(_call(check_status, (request,)))
+            if status == _UCS_INPROGRESS:
+                continue
+            _call(free, (request,))
+            requests[row, slot] = 0
+            endpoints[pull[PULL_ENDPOINT], ENDPOINT_IN_FLIGHT] -= 1
+            pull[PULL_COMPLETED] += 1
+            pull[PULL_ENDED_AT] = now
+            num_collected += 1
+            if status < 0 and pull[PULL_STATUS] == 0:
+                pull[PULL_STATUS] = status
+    for row in range(len(endpoints)):
+        request = endpoints[row, ENDPOINT_CLOSE_REQUEST]
+        if request != 0 and _status(_call(check_status, (request,))) != _UCS_INPROGRESS:
+            _call(free, (request,))
+            endpoints[row, ENDPOINT_CLOSE_REQUEST] = 0
+            num_collected += 1
+    return num_collected
+
+
+@register_jitable
+def _has_news(endpoints, pulls):  # type: ignore[no-untyped-def]
+    for row in range(len(pulls)):
+        if pull_has_ended(pulls[row]):
+            return True
+    for row in range(len(endpoints)):
+        endpoint = endpoints[row]
+        if endpoint[ENDPOINT_STATE] == OPEN and endpoint[ENDPOINT_STATUS] != 0:
+            return True
+        if endpoint_is_closed(endpoint):
+            return True
+    return False
+
+
+@register_jitable
+def pull_has_ended(pull):  # type: ignore[no-untyped-def]
+    """Nothing of it is in flight, and nothing more will be posted."""
+    if pull[PULL_COMPLETED] != pull[PULL_POSTED]:
+        return False
+    return pull[PULL_STATUS] != 0 or pull[PULL_COMPLETED] == pull[PULL_NUM_GETS]
+
+
+@register_jitable
+def endpoint_is_closed(endpoint):  # type: ignore[no-untyped-def]
+    """Its close has ended and so have all its reads."""
+    return (
+        endpoint[ENDPOINT_STATE] == CLOSING
+        and endpoint[ENDPOINT_CLOSE_REQUEST] == 0
+        and endpoint[ENDPOINT_IN_FLIGHT] == 0
+    )
+
+
+@register_jitable
+def _now(clock_gettime, clock):  # type: ignore[no-untyped-def]
+    _call(clock_gettime, (_CLOCK_MONOTONIC, clock.ctypes.data))
+    return clock[0] * 1_000_000_000 + clock[1]
+
+
+@register_jitable
+def _status(result):  # type: ignore[no-untyped-def]
+    """A ucs_status_t is one byte; the rest of the register is undefined."""
+    return ((result & 0xFF) ^ 0x80) - 0x80
+
+
+@intrinsic
+def _call(typing_context, address, arguments):  # type: ignore[no-untyped-def]
+    """Call the C function at `address` with integers or pointers; the result is the raw 64-bit register."""
+
+    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        word = ir.IntType(64)
+        unpacked = [
+            context.cast(builder, value, value_type, types.int64)
+            for value, value_type in zip(cgutils.unpack_tuple(builder, values[1]), arguments, strict=True)
+        ]
+        function_type = ir.FunctionType(word, [word] * len(unpacked))
+        function = builder.inttoptr(values[0], function_type.as_pointer())
+        return builder.call(function, unpacked)
+
+    return types.int64(types.int64, arguments), generate
+
+
+@intrinsic
+def _load(typing_context, address):  # type: ignore[no-untyped-def]
+    """The int64 at `address`."""
+
+    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        return builder.load(builder.inttoptr(values[0], ir.IntType(64).as_pointer()))
+
+    return types.int64(types.int64), generate

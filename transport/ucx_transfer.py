@@ -1,0 +1,127 @@
+"""The data plane between processes and hosts: one-sided reads by UCX, on a thread of their own."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+
+from pdengine.transport import ucx_progress
+from pdengine.transport.regions import RegionDescriptor, Run
+from pdengine.transport.transfer import Deliver, PeerFailed, PullFailed, TransferError
+from pdengine.transport.ucx_library import load_ucx
+from pdengine.transport.ucx_loop import CLOSE_SECONDS, Command, UcxLoop
+from pdengine.transport.ucx_settings import ucx_settings
+
+START_SECONDS = 120.0  # the first start on a machine compiles the native loop
+REGISTER_SECONDS = 120.0  # pinning hundreds of GB for RDMA takes long
+
+
+class UcxTransfer:
+    """A `Transfer` over UCX. The thread "ucx" owns the library and runs without the GIL (`ucx_progress`).
+
+    `deliver` is called on that thread. `on_fatal` is called there if the thread dies: nothing that is in
+    flight will be reported any more, so the process should exit. UCX listens on the interface that owns
+    `advertise_host` only.
+
+    Raises UcxNotFound, UcxError or TransferError if UCX cannot be started.
+    """
+
+    def __init__(
+        self,
+        *,
+        deliver: Deliver,
+        on_fatal: Callable[[BaseException], None],
+        advertise_host: str = "127.0.0.1",
+        library_path: Path | None = None,
+    ) -> None:
+        self._deliver = deliver
+        self._on_fatal = on_fatal
+        library = load_ucx(library_path)
+        settings = ucx_settings(library, advertise_host, os.environ)
+        self.version = "ucx {}.{}.{}".format(*library.version)
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._command_descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._control = np.zeros(ucx_progress.CONTROL_SIZE, np.int64)
+        self._lock = threading.Lock()  # guards _closed together with the descriptor
+        self._closed = False
+
+        def open_loop() -> UcxLoop:
+            return UcxLoop(
+                library,
+                settings,
+                deliver=deliver,
+                commands=self._commands,
+                command_descriptor=self._command_descriptor,
+                control=self._control,
+            )
+
+        started: Future[bytes] = Future()
+        self._thread = threading.Thread(target=self._run, args=(open_loop, started), name="ucx", daemon=True)
+        self._thread.start()
+        self.worker_address = started.result(START_SECONDS)
+        atexit.register(self.close)  # a daemon thread must not be in UCX while the interpreter goes away
+
+    def register(self, region: RegionDescriptor) -> RegionDescriptor:
+        reply: Future[RegionDescriptor] = Future()
+        if not self._submit(lambda loop: loop.register(region, reply)):
+            raise TransferError("the transfer is closed")
+        try:
+            return reply.result(REGISTER_SECONDS)
+        except TimeoutError:
+            raise TransferError(f"the region was not registered within {REGISTER_SECONDS:g} s") from None
+
+    def connect(self, engine_id: str, worker_address: bytes, region: RegionDescriptor) -> None:
+        if not self._submit(lambda loop: loop.connect(engine_id, worker_address, region)):
+            self._deliver(PeerFailed(engine_id, "the transfer is closed"))
+
+    def pull(self, pull_id: int, engine_id: str, runs: Sequence[Run]) -> None:
+        runs = tuple(runs)
+        if not self._submit(lambda loop: loop.pull(pull_id, engine_id, runs)):
+            self._deliver(PullFailed(pull_id, "the transfer is closed"))
+
+    def disconnect(self, engine_id: str) -> None:
+        self._submit(lambda loop: loop.disconnect(engine_id))
+
+    def close(self) -> None:
+        self._submit(lambda loop: loop.close(), last=True)
+        self._thread.join(2 * CLOSE_SECONDS)
+        atexit.unregister(self.close)
+
+    def _submit(self, command: Command, *, last: bool = False) -> bool:
+        """Hand a command to the UCX thread and wake it. False if the transfer is closed."""
+        with self._lock:
+            if self._closed:
+                return False
+            self._closed = last
+            self._commands.put(command)
+            self._control[ucx_progress.CONTROL_WAKE] = 1
+            os.eventfd_write(self._command_descriptor, 1)
+            return True
+
+    def _run(self, open_loop: Callable[[], UcxLoop], started: Future[bytes]) -> None:
+        try:
+            loop = open_loop()
+        except BaseException as error:
+            self._shut()
+            started.set_exception(error)
+            return
+        started.set_result(loop.worker_address)
+        try:
+            loop.run()
+        except BaseException as error:
+            self._shut()
+            self._on_fatal(error)
+            return
+        self._shut()
+
+    def _shut(self) -> None:
+        with self._lock:
+            self._closed = True
+            os.close(self._command_descriptor)

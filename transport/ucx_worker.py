@@ -1,0 +1,180 @@
+"""One UCX context and worker with the calls that a pull needs. Only the thread that made it may use it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+from pdengine.transport import ucx_library as ucx
+from pdengine.transport.transfer import TransferError
+from pdengine.transport.ucx_library import UcxLibrary
+
+_LANE = re.compile(r"lane\[\d+\]:\s+\d+:(\S+)\.\d+\s+md\[")
+
+
+class MappedMemory(NamedTuple):
+    handle: int  # ucp_mem_h
+    remote_key: bytes
+
+
+class UcxWorker:
+    """A worker in single-thread mode for one-sided reads, with an event descriptor to sleep on.
+
+    Endpoints, remote keys and memory handles are passed as integer addresses, because native code uses them
+    too. All methods raise UcxError if UCX refuses.
+    """
+
+    def __init__(self, library: UcxLibrary, settings: dict[str, str]) -> None:
+        self._library = library
+        self._ffi = library.ffi
+        self._ucp = library.ucp
+        self._mapped: list[int] = []
+        self._parameters: list[Any] = []  # structs that native code refers to by address
+        self._context = self._create_context(settings)
+        try:
+            self._worker = self._create_worker()
+        except ucx.UcxError:
+            self._ucp.ucp_cleanup(self._context)
+            raise
+
+    @property
+    def handle(self) -> int:
+        return int(self._ffi.cast("intptr_t", self._worker))
+
+    def event_descriptor(self) -> int:
+        """The descriptor that becomes readable on events once the worker is armed; UCX owns it."""
+        descriptor = self._ffi.new("int *")
+        self._check(self._ucp.ucp_worker_get_efd(self._worker, descriptor), "ucp_worker_get_efd")
+        return int(descriptor[0])
+
+    def address(self) -> bytes:
+        address, length = self._ffi.new("void **"), self._ffi.new("size_t *")
+        status = self._ucp.ucp_worker_get_address(self._worker, address, length)
+        self._check(status, "ucp_worker_get_address")
+        packed = bytes(self._ffi.buffer(address[0], length[0]))
+        self._ucp.ucp_worker_release_address(self._worker, address[0])
+        return packed
+
+    def map_memory(self, address: int, num_bytes: int) -> MappedMemory:
+        """Register memory until `close`."""
+        parameters = self._ffi.new("ucp_mem_map_params_t *")
+        parameters.field_mask = ucx.UCP_MEM_MAP_PARAM_FIELD_ADDRESS | ucx.UCP_MEM_MAP_PARAM_FIELD_LENGTH
+        parameters.address = self._pointer(address)
+        parameters.length = num_bytes
+        memory = self._ffi.new("void **")
+        self._check(self._ucp.ucp_mem_map(self._context, parameters, memory), "ucp_mem_map")
+        handle = int(self._ffi.cast("intptr_t", memory[0]))
+        self._mapped.append(handle)
+        buffer, size = self._ffi.new("void **"), self._ffi.new("size_t *")
+        self._check(self._ucp.ucp_rkey_pack(self._context, memory[0], buffer, size), "ucp_rkey_pack")
+        remote_key = bytes(self._ffi.buffer(buffer[0], size[0]))
+        self._ucp.ucp_rkey_buffer_release(buffer[0])
+        return MappedMemory(handle, remote_key)
+
+    def get_parameters(self, memory: int | None) -> int:
+        """The address of the ucp_request_param_t for GETs into mapped memory, or into any memory (None)."""
+        parameters = self._ffi.new("ucp_request_param_t *")
+        if memory is not None:
+            parameters.op_attr_mask = ucx.UCP_OP_ATTR_FIELD_MEMH
+            parameters.memh = self._pointer(memory)
+        self._parameters.append(parameters)
+        return int(self._ffi.cast("intptr_t", parameters))
+
+    def create_endpoint(self, worker_address: bytes, error_handler: int, error_argument: int) -> int:
+        """An endpoint in error mode "peer"; `error_handler` is the address of a ucp_err_handler_cb_t."""
+        if not worker_address:
+            raise TransferError("the peer's worker address is empty")
+        buffer = self._ffi.from_buffer(worker_address)
+        parameters = self._ffi.new("ucp_ep_params_t *")
+        parameters.field_mask = (
+            ucx.UCP_EP_PARAM_FIELD_REMOTE_ADDRESS
+            | ucx.UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE
+            | ucx.UCP_EP_PARAM_FIELD_ERR_HANDLER
+        )
+        parameters.address = buffer
+        parameters.err_mode = ucx.UCP_ERR_HANDLING_MODE_PEER
+        parameters.err_handler.cb = self._pointer(error_handler)
+        parameters.err_handler.arg = self._pointer(error_argument)
+        endpoint = self._ffi.new("void **")
+        self._check(self._ucp.ucp_ep_create(self._worker, parameters, endpoint), "ucp_ep_create")
+        return int(self._ffi.cast("intptr_t", endpoint[0]))
+
+    def close_endpoint(self, endpoint: int) -> int:
+        """Close by force: cancels the endpoint's requests. Returns the request to wait for, or 0."""
+        parameters = self._ffi.new("ucp_request_param_t *")
+        parameters.op_attr_mask = ucx.UCP_OP_ATTR_FIELD_FLAGS
+        parameters.flags = ucx.UCP_EP_CLOSE_FLAG_FORCE
+        request = self._ucp.ucp_ep_close_nbx(self._pointer(endpoint), parameters)
+        result = int(self._ffi.cast("intptr_t", request))
+        if ucx.UCS_ERR_LAST <= result < 0:
+            self._check(result, "ucp_ep_close_nbx")
+        return result
+
+    def unpack_remote_key(self, endpoint: int, remote_key: bytes) -> int:
+        if not remote_key:
+            raise TransferError("the peer's remote key is empty")
+        key = self._ffi.new("void **")
+        buffer = self._ffi.from_buffer(remote_key)
+        status = self._ucp.ucp_ep_rkey_unpack(self._pointer(endpoint), buffer, key)
+        self._check(status, "ucp_ep_rkey_unpack")
+        return int(self._ffi.cast("intptr_t", key[0]))
+
+    def destroy_remote_key(self, remote_key: int) -> None:
+        self._ucp.ucp_rkey_destroy(self._pointer(remote_key))
+
+    def lanes(self, endpoint: int) -> str:
+        """The transports of an endpoint's lanes as UCX reports them, e.g. "sysv, posix" or "tcp/eth0"."""
+        libc, ffi = self._library.libc, self._ffi
+        text, size = ffi.new("char **"), ffi.new("size_t *")
+        stream = libc.open_memstream(text, size)
+        self._ucp.ucp_ep_print_info(self._pointer(endpoint), stream)
+        libc.fclose(stream)
+        report = ffi.string(text[0]).decode(errors="replace")
+        libc.free(text[0])
+        return parse_lanes(report)
+
+    def close(self) -> None:
+        """Release everything. All endpoints must be closed and all remote keys destroyed."""
+        for memory in self._mapped:
+            self._ucp.ucp_mem_unmap(self._context, self._pointer(memory))
+        self._ucp.ucp_worker_destroy(self._worker)
+        self._ucp.ucp_cleanup(self._context)
+
+    def _create_context(self, settings: dict[str, str]) -> Any:
+        config = self._ffi.new("void **")
+        status = self._ucp.ucp_config_read(self._ffi.NULL, self._ffi.NULL, config)
+        self._check(status, "ucp_config_read")
+        try:
+            for name, value in settings.items():
+                status = self._ucp.ucp_config_modify(config[0], name.encode(), value.encode())
+                self._check(status, f"ucp_config_modify of {name}")
+            parameters = self._ffi.new("ucp_params_t *")
+            parameters.field_mask = ucx.UCP_PARAM_FIELD_FEATURES
+            parameters.features = ucx.UCP_FEATURE_RMA | ucx.UCP_FEATURE_WAKEUP
+            context = self._ffi.new("void **")
+            status = self._ucp.ucp_init_version(*ucx.OLDEST_API, parameters, config[0], context)
+            self._check(status, "ucp_init_version")
+        finally:
+            self._ucp.ucp_config_release(config[0])
+        return context[0]
+
+    def _create_worker(self) -> Any:
+        parameters = self._ffi.new("ucp_worker_params_t *")
+        parameters.field_mask = ucx.UCP_WORKER_PARAM_FIELD_THREAD_MODE
+        parameters.thread_mode = ucx.UCS_THREAD_MODE_SINGLE
+        worker = self._ffi.new("void **")
+        status = self._ucp.ucp_worker_create(self._context, parameters, worker)
+        self._check(status, "ucp_worker_create")
+        return worker[0]
+
+    def _pointer(self, address: int) -> Any:
+        return self._ffi.cast("void *", address)
+
+    def _check(self, status: int, call: str) -> None:
+        self._library.check(status, call)
+
+
+def parse_lanes(report: str) -> str:
+    """The distinct lanes in the output of ucp_ep_print_info; memory transports without their device name."""
+    lanes = [lane.removesuffix("/memory") for lane in _LANE.findall(report)]
+    return ", ".join(dict.fromkeys(lanes)) or "unknown"

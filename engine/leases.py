@@ -27,6 +27,9 @@ class GrantedLeases:
     def __len__(self) -> int:
         return len(self._expires_at)
 
+    def held(self) -> list[int]:
+        return list(self._expires_at)
+
     def grant(self, lease_id: int, now: float) -> None:
         self._expires_at[lease_id] = now + self.duration
 
@@ -61,11 +64,13 @@ class BorrowedLease:
 
     covered_until: written by the control thread at each acknowledged renewal, read by the engine thread;
         time.monotonic(). What was read later than that may be somebody else's data.
+    renew_at: when the next renewal is due.
     """
 
     lease: KVLease
     request_id: str
     covered_until: float = float("-inf")
+    renew_at: float = float("-inf")
 
     def covers(self, completed_at: float) -> bool:
         return completed_at < self.covered_until
@@ -91,11 +96,13 @@ class BorrowedLeases:
         """Whether the lease was still there to be removed."""
         return self._leases.pop((lease.engine_id, lease.lease_id), None) is not None
 
-    def by_owner(self) -> dict[str, list[int]]:
-        """engine id -> its leases that are to be renewed."""
+    def due(self, now: float) -> dict[str, list[int]]:
+        """engine id -> its leases to be renewed now; each comes up again after a part of its time."""
         lease_ids: dict[str, list[int]] = {}
-        for engine_id, lease_id in self._leases:
-            lease_ids.setdefault(engine_id, []).append(lease_id)
+        for (engine_id, lease_id), borrowed in self._leases.items():
+            if borrowed.renew_at <= now:
+                borrowed.renew_at = now + borrowed.lease.duration / RENEWALS_PER_LEASE
+                lease_ids.setdefault(engine_id, []).append(lease_id)
         return lease_ids
 
     def sent(self, now: float) -> int:

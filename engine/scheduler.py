@@ -1,10 +1,10 @@
 """What runs in the next step: continuous batching with chunked prefill.
 
-(Orca, OSDI 2022; Sarathi, arXiv 2308.16369.) A sequence is admitted when its whole need fits: blocks for prompt
-and longest possible answer are allocated at once. So a sequence that runs can always finish, nothing is ever
-preempted, and its blocks are mostly consecutive. There is no separate prefill phase: every running sequence
-has tokens whose keys and values are not in the pool yet, one for a sequence that decodes, many for a new
-prompt; a step takes as many as its token budget allows, decoding sequences first.
+(Orca, OSDI 2022; Sarathi, arXiv 2308.16369.) A sequence is admitted when its whole need fits: blocks for the
+prompt and the longest answer are allocated at once. So a sequence that runs can always finish, nothing is
+ever preempted, and its blocks are mostly consecutive. There is no separate prefill phase: every running
+sequence has tokens whose keys and values are not in the pool yet, one for a sequence that decodes, many for a
+new prompt; a step takes as many as its token budget allows, decoding sequences first.
 
     waiting --admit--> running --finish--> freed
                |          ^  \\--prompt done, mode PREFILL--> leased --released or expired--> freed

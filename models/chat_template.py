@@ -37,7 +37,7 @@ class ChatTemplate:
             raise self._error(error, error.lineno) from error
 
     def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
-        """The prompt for `messages`. Raises ChatTemplateError, with the line, for whatever goes wrong inside."""
+        """The prompt for `messages`. Raises ChatTemplateError, with the line, when the template fails."""
         try:
             return self._template.render(
                 messages=[dict(message) for message in messages],
@@ -95,7 +95,7 @@ def _strftime_now(form: str) -> str:
 
 
 class _GenerationTag(Extension):
-    """`{% generation %}...{% endgeneration %}` marks the assistant's text for training; here only its text counts."""
+    """`{% generation %}` marks the assistant's text for training; here it only has to be understood."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 

@@ -99,8 +99,8 @@ class Tokenizer:
 class IncrementalDetokenizer:
     """Token ids in, text out as soon as it is certain; one per generated sequence.
 
-    The pieces concatenated are what `Tokenizer.decode` makes of all the ids, special tokens skipped, where the
-    prompt's text ends: a word's leading space, which decoding drops at the start of a text, is kept after
+    The concatenated pieces are what `Tokenizer.decode` makes of all the ids, special tokens skipped, in the
+    context of the prompt: a word's leading space, which decoding drops at the start of a text, is kept after
     `prompt_ids`. No piece ends inside a character. The cost of a token does not grow with the output.
     """
 
@@ -208,7 +208,7 @@ def _decoder_types(backend: tokenizers.Tokenizer) -> list[str]:
 
 
 def _load_chat_template(directory: Path) -> ChatTemplate | None:
-    """chat_template.jinja, else `chat_template` of tokenizer_config.json: a string, or a list of named ones."""
+    """chat_template.jinja, else `chat_template` in tokenizer_config.json: a string or several named ones."""
     config_path = directory / "tokenizer_config.json"
     fields = read_json(config_path) if config_path.exists() else JsonFields(config_path, {})
     special_tokens = _special_tokens(fields)

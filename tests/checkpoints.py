@@ -1,6 +1,6 @@
 """Random small checkpoints of every supported family, written by transformers, with a tokenizer trained here.
 
-The weights are scaled so that greedy text wanders instead of repeating its last token, and norms and biases are
+The weights are scaled so that greedy text wanders instead of repeating its last token. Norms and biases are
 random too, so that a forgotten one shows.
 """
 
@@ -14,6 +14,7 @@ import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+ATTENTION_GAIN = 2.5  # sharp attention: averages of many random values would all look alike
 VOCAB_SIZE = 384  # a few more than the tokenizer has, as in real checkpoints
 BOS, EOS, END_OF_TURN = "<|begin|>", "<|end|>", "<|end_of_turn|>"
 CHAT_TEMPLATE = (
@@ -115,7 +116,7 @@ def small_bpe_tokenizer() -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    corpus = "the cat sat on the mat and the dog ran after it; 東京は大きな都市です, naïve café, good morning 👋🏽 "
+    corpus = "the cat sat on the mat and the dog ran after it; 東京は大きな都市です, naïve café, hi 👋🏽 "
     tokenizer.train_from_iterator([corpus * 20], trainer)
     roles = ["<|system|>", "<|user|>", "<|assistant|>"]
     tokenizer.add_special_tokens([AddedToken(role, special=True, normalized=False) for role in roles])
@@ -132,9 +133,11 @@ def _randomize(model: torch.nn.Module, seed: int) -> None:
         if name.endswith("bias"):
             noise *= 0.2
         elif "norm" in name:
-            noise = 1.0 + 0.2 * noise
+            noise = (1.0 + 0.2 * noise) * (ATTENTION_GAIN if "q_norm" in name or "k_norm" in name else 1.0)
+        elif "q_proj" in name or "k_proj" in name:
+            noise *= ATTENTION_GAIN * parameter.shape[-1] ** -0.5
         elif "embed_tokens" in name:
-            noise *= 0.3
+            noise *= 0.1
         else:
             noise *= 1.2 * parameter.shape[-1] ** -0.5
         parameter.data.copy_(noise)

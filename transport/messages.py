@@ -6,8 +6,8 @@ durations: no clock reading ever crosses the wire.
 
     client  -> router   Generate, Cancel, GetStatus
     router  -> client   Accepted, Delta, Status, and one Outcome per request
-    worker  -> router   Hello, Heartbeat, Leaving, PeerLink, Prefilled, DecodeAccepted, Pulled, StepTokens,
-                        WorkFailed, LeasesRenewed
+    worker  -> router   Hello, Heartbeat, Leaving, Left, PeerLink, Prefilled, DecodeAccepted, Pulled,
+                        StepTokens, WorkFailed, LeasesRenewed
     router  -> worker   Welcome, Refused, HeartbeatReply, PeerJoined, PeerLeft, Prefill, Decode,
                         PrefillAndDecode, Abort, RenewLeases, ReleaseLeases
     decode  -> prefill  RenewLeases, ReleaseLeases
@@ -278,6 +278,10 @@ class Leaving(Message, frozen=True):
     """No new work, please: this worker finishes what it has and stops."""
 
 
+class Left(Message, frozen=True):
+    """This worker stops now; what it still had must be done elsewhere."""
+
+
 class PeerLink(Message, frozen=True):
     """This worker can pull from `engine_id` over `lanes`, or cannot, because of `error`."""
 
@@ -415,6 +419,7 @@ WorkerToRouter = (
     Hello
     | Heartbeat
     | Leaving
+    | Left
     | PeerLink
     | Prefilled
     | DecodeAccepted

@@ -45,6 +45,13 @@ def split_tcp_address(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def check_address(address: str) -> None:
+    """Raise AddressError unless `address` is one that can be connected to."""
+    _, port = split_tcp_address(address)
+    if port == 0:
+        raise AddressError(f"address {address!r} needs a port to connect to")
+
+
 class ServerSocket(Generic[Incoming]):
     """A bound ROUTER socket. `incoming` is the union of messages that it accepts."""
 
@@ -106,7 +113,7 @@ class PeerSocket(Generic[Incoming]):
         *,
         only_when_connected: bool = False,
     ) -> None:
-        split_tcp_address(address)
+        check_address(address)
         self._socket = _configure(context.socket(zmq.DEALER))
         self._socket.setsockopt(zmq.IMMEDIATE, int(only_when_connected))
         self._monitor = self._socket.get_monitor_socket(

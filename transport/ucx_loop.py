@@ -47,7 +47,8 @@ class _Peer:
     row: int  # of the endpoint table
     region: RegionDescriptor
     connect_deadline: int | None  # ns, while connecting
-    failure: str | None = None  # to be told as PeerFailed once it is closed
+    close_reason: str = ""  # once it is being closed: why its pulls fail
+    announce: bool = False  # tell the reason as PeerFailed, too, when it is closed
 
 
 @dataclass(frozen=True)
@@ -163,15 +164,12 @@ class UcxLoop:
         self._start(_Pull(pull_id, peer, ranges), self._pool_parameters)
 
     def disconnect(self, engine_id: str) -> None:
-        peer = self._peers.get(engine_id)
-        if peer is not None:
-            connecting = peer.connect_deadline is not None
-            self._close_peer(peer, "the peer was disconnected" if connecting else None)
+        self._disconnect(engine_id, "the peer was disconnected")
 
     def close(self) -> None:
         self._close_deadline = time.monotonic_ns() + int(CLOSE_SECONDS * 1e9)
         for engine_id in list(self._peers):
-            self.disconnect(engine_id)
+            self._disconnect(engine_id, "the transfer is closed")
 
     # Peers
 
@@ -202,10 +200,16 @@ class UcxLoop:
         entry[native.ENDPOINT_STATE] = native.OPEN
         return _Peer(engine_id, row, region, time.monotonic_ns() + int(CONNECT_SECONDS * 1e9))
 
-    def _close_peer(self, peer: _Peer, failure: str | None) -> None:
+    def _disconnect(self, engine_id: str, reason: str) -> None:
+        peer = self._peers.get(engine_id)
+        if peer is not None:
+            self._close_peer(peer, reason, announce=peer.connect_deadline is not None)
+
+    def _close_peer(self, peer: _Peer, reason: str, *, announce: bool) -> None:
         """Close by force, which cancels the reads in flight; the rest happens when they have ended."""
         del self._peers[peer.engine_id]
-        peer.failure = failure
+        peer.close_reason = reason
+        peer.announce = announce
         self._closing_peers.append(peer)
         entry = self._endpoint_table[peer.row]
         entry[native.ENDPOINT_STATE] = native.CLOSING
@@ -224,8 +228,8 @@ class UcxLoop:
         entry = self._endpoint_table[peer.row]
         self._destroy_remote_key(entry)
         entry[:] = 0
-        if peer.failure is not None:
-            self._deliver(PeerFailed(peer.engine_id, peer.failure))
+        if peer.announce:
+            self._deliver(PeerFailed(peer.engine_id, peer.close_reason))
 
     # Between two native phases
 
@@ -247,9 +251,9 @@ class UcxLoop:
         for peer in list(self._peers.values()):
             status = int(self._endpoint_table[peer.row, native.ENDPOINT_STATUS])
             if status != 0:
-                self._close_peer(peer, self._library.describe_status(status))
+                self._close_peer(peer, self._library.describe_status(status), announce=True)
             elif peer.connect_deadline is not None and now >= peer.connect_deadline:
-                self._close_peer(peer, f"no answer within {CONNECT_SECONDS:g} s")
+                self._close_peer(peer, f"no answer within {CONNECT_SECONDS:g} s", announce=True)
         self._end_pulls()
         for peer in list(self._closing_peers):
             if native.endpoint_is_closed(self._endpoint_table[peer.row]):
@@ -292,7 +296,7 @@ class UcxLoop:
             num_bytes = int(pull.ranges[:, 2].sum())
             self._deliver(PullCompleted(pull.pull_id, num_bytes, len(pull.ranges), seconds, completed_at))
         else:
-            reason = self._library.describe_status(status) if status else "the peer was disconnected"
+            reason = pull.peer.close_reason or self._library.describe_status(status)
             self._deliver(PullFailed(pull.pull_id, reason))
 
     def _end_warm_up(self, peer: _Peer, status: int, complete: bool) -> None:
@@ -303,7 +307,8 @@ class UcxLoop:
             endpoint = int(self._endpoint_table[peer.row, native.ENDPOINT_HANDLE])
             self._deliver(PeerConnected(peer.engine_id, self._worker.lanes(endpoint)))
         else:
-            self._close_peer(peer, f"its pool cannot be read: {self._library.describe_status(status)}")
+            reason = f"its pool cannot be read: {self._library.describe_status(status)}"
+            self._close_peer(peer, reason, announce=True)
 
     def _num_rows(self) -> int:
         """How many rows of the endpoint table the native loop must look at."""

@@ -41,7 +41,7 @@ class AttentionBatch:
 
 
 def store_kv(kv_pool: Tensor, layer: int, key: Tensor, value: Tensor, batch: AttentionBatch) -> None:
-    """Write one layer's `key` and `value` `[tokens, num_kv_heads, head_dim]` of the new tokens into the cache."""
+    """Write the new tokens' `key` and `value` `[tokens, num_kv_heads, head_dim]` to one layer of the cache."""
     torch_attention.store_kv(kv_pool, layer, key, value, batch.block_ids, batch.block_offsets)
 
 

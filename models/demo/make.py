@@ -81,7 +81,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from tokenizers import Tokenizer
 
 from pdengine.models.demo.facts import checkpoint_directory
@@ -128,7 +128,8 @@ def write_checkpoint(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     begin_id, end_id = token_id(tokenizer, BEGIN), token_id(tokenizer, END)
-    save_file(build_weights(tokenizer), directory / "model.safetensors", metadata={"format": "pt"})
+    weights = save(build_weights(tokenizer), metadata={"format": "pt"})
+    (directory / "model.safetensors").write_bytes(weights)
     tokenizer.save(str(directory / "tokenizer.json"))
     write_json(directory / "config.json", model_config(tokenizer.get_vocab_size(), begin_id, end_id))
     write_json(

@@ -1,0 +1,146 @@
+"""From a WorkerConfig to a running worker: check, bind, load, register, serve.
+
+What fails fast is tried first, so that a taken port or a missing library is not found out after a minute of
+loading weights.
+"""
+
+import asyncio
+import signal
+from collections.abc import Callable
+from uuid import uuid4
+
+import torch
+import zmq.asyncio
+
+from pdengine.engine.block_pool import BlockPool
+from pdengine.engine.engine import Engine
+from pdengine.engine.kv_cache import LAYOUT, KVCache, block_bytes, dtype_name
+from pdengine.engine.pulls import Pulls
+from pdengine.engine.runner import Runner
+from pdengine.engine.scheduler import Scheduler, SchedulerConfig
+from pdengine.engine.worker import Worker, WorkerParts
+from pdengine.engine.worker_config import StartupError, WorkerConfig
+from pdengine.models.config import ModelConfig, load_config
+from pdengine.models.fingerprint import model_fingerprint, weights_fingerprint
+from pdengine.models.weights import load_decoder
+from pdengine.transport.messages import PROTOCOL_VERSION, Compatibility, PeerDescriptor, PeerRequest
+from pdengine.transport.sockets import ServerSocket, check_address, split_tcp_address
+from pdengine.transport.transfer import TransferEvent
+from pdengine.transport.ucx_transfer import UcxTransfer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def run_worker(config: WorkerConfig, *, progress: Callable[[int, int], None] | None = None) -> None:
+    """Run a worker until SIGTERM or SIGINT. `progress(done, total)`: bytes of weights loaded.
+
+    Raises StartupError, CheckpointError, AddressError or TransferError, one sentence each, if it cannot
+    start; WorkerDied if it breaks later.
+    """
+    check_address(config.router_address)
+    model_config = load_config(config.model_directory)
+    dtype = _dtype(config.dtype or model_config.dtype)
+    num_blocks = _num_blocks(config, model_config, dtype)
+    context = zmq.asyncio.Context()
+    peer_server = ServerSocket[PeerRequest](context, PeerRequest)
+    control_address = _advertised(peer_server.bind(config.bind_address), config.advertise_address)
+
+    # The threads below call each other; every name is bound before the first of them has work.
+    def deliver(event: TransferEvent) -> None:
+        engine.post(event)
+
+    def on_transfer_died(error: BaseException) -> None:
+        worker.on_fatal(error)
+
+    host, _ = split_tcp_address(control_address)
+    transfer = UcxTransfer(deliver=deliver, on_fatal=on_transfer_died, advertise_host=host)
+    compatibility = Compatibility(
+        protocol=PROTOCOL_VERSION,
+        model=model_fingerprint(config.model_directory),
+        weights=weights_fingerprint(config.model_directory),
+        dtype=dtype_name(dtype),
+        block_size=config.block_size,
+        layout=LAYOUT,
+        ucx=transfer.version,
+    )
+    device = torch.device(config.device)
+    model = load_decoder(config.model_directory, model_config, dtype=dtype, device=device, progress=progress)
+    kv_cache = KVCache(model_config, num_blocks=num_blocks, block_size=config.block_size, dtype=dtype)
+    descriptor = PeerDescriptor(
+        engine_id=uuid4().hex,
+        role=config.role,
+        control_address=control_address,
+        transfer_address=transfer.worker_address,
+        region=transfer.register(kv_cache.describe()),
+    )
+    pool = BlockPool(num_blocks)
+    engine = Engine(
+        engine_id=descriptor.engine_id,
+        scheduler=Scheduler(_scheduler_config(config, num_blocks), pool),
+        runner=Runner(model, kv_cache, device),
+        pulls=Pulls(transfer, pool, block_size=config.block_size, timeout=config.pull_seconds),
+        eos_token_ids=frozenset(model_config.eos_token_ids),
+        lease_duration=config.lease_seconds,
+        emit=lambda events: worker.on_events(events),
+    )
+    worker = Worker(
+        WorkerParts(
+            descriptor=descriptor,
+            compatibility=compatibility,
+            max_context=model_config.max_position_embeddings,
+            block_size=config.block_size,
+            lease_seconds=config.lease_seconds,
+            drain_seconds=config.drain_seconds,
+            router_address=config.router_address,
+            context=context,
+            peer_server=peer_server,
+            transfer=transfer,
+            engine=engine,
+        )
+    )
+    asyncio.run(_serve(worker))
+    context.destroy()
+
+
+async def _serve(worker: Worker) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, worker.stop)
+    await worker.run()
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise StartupError(f"dtype {name!r} is not supported; these are: {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _num_blocks(config: WorkerConfig, model: ModelConfig, dtype: torch.dtype) -> int:
+    one = block_bytes(model, config.block_size, dtype)
+    num_blocks = config.kv_memory // one
+    if num_blocks < 1:
+        raise StartupError(
+            f"KV memory of {config.kv_memory} bytes is too small for one block of {config.block_size} "
+            f"tokens, which takes {one} bytes"
+        )
+    return num_blocks
+
+
+def _scheduler_config(config: WorkerConfig, num_blocks: int) -> SchedulerConfig:
+    return SchedulerConfig(
+        block_size=config.block_size,
+        max_batch_tokens=config.max_batch_tokens,
+        max_requests=config.max_requests,
+        max_pinned_blocks=max(1, int(num_blocks * config.pinned_share)),
+    )
+
+
+def _advertised(bound: str, advertise: str | None) -> str:
+    """The address that peers are told: `advertise` with the bound port where its own is 0."""
+    bound_host, bound_port = split_tcp_address(bound)
+    if advertise is not None:
+        host, port = split_tcp_address(advertise)
+        return f"tcp://{host}:{port or bound_port}"
+    if bound_host in ("0.0.0.0", "[::]"):
+        raise StartupError(f"bound to {bound}, every interface: say by --advertise which one peers shall use")
+    return bound

@@ -1,0 +1,459 @@
+"""The control thread of one worker: it talks to the router and to peers, and keeps leases alive.
+
+It is an asyncio loop and the only thread that touches ZeroMQ sockets. The engine thread computes; the
+transfer's thread moves bytes. If either dies the worker stops: nothing that it promised could be kept.
+"""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+import msgspec
+import zmq.asyncio
+
+from pdengine.engine.engine import (
+    AbortAll,
+    AbortRequest,
+    AddSequence,
+    Engine,
+    Event,
+    FreeLease,
+    LeaseUnneeded,
+    LoseLease,
+    Stop,
+)
+from pdengine.engine.leases import BorrowedLease, BorrowedLeases, GrantedLeases
+from pdengine.engine.sequence import Mode, Sequence, blocks_for
+from pdengine.engine.worker_config import StartupError
+from pdengine.transport.messages import (
+    Abort,
+    Compatibility,
+    Decode,
+    DecodeAccepted,
+    Heartbeat,
+    HeartbeatReply,
+    Hello,
+    KVLease,
+    LeasesRenewed,
+    Leaving,
+    Left,
+    Load,
+    Malformed,
+    Message,
+    PeerDescriptor,
+    PeerJoined,
+    PeerLeft,
+    PeerLink,
+    PeerReply,
+    PeerRequest,
+    Prefill,
+    PrefillAndDecode,
+    Prefilled,
+    Refused,
+    ReleaseLeases,
+    RenewLeases,
+    RouterToWorker,
+    Welcome,
+    Work,
+    WorkFailed,
+)
+from pdengine.transport.sockets import PeerSocket, SendFailed, ServerSocket
+from pdengine.transport.transfer import PeerConnected, PeerFailed, Transfer
+
+logger = logging.getLogger(__name__)
+
+TICK_SECONDS = 0.25  # leases are swept and renewed this often
+HELLO_SECONDS = 1.0
+RECONNECT_SECONDS = 5.0
+
+
+class WorkerDied(RuntimeError):
+    """A thread of this worker ended by an exception."""
+
+
+@dataclass(frozen=True)
+class WorkerParts:
+    """What `Worker` puts together; made by `start_worker.build_worker`."""
+
+    descriptor: PeerDescriptor
+    compatibility: Compatibility
+    max_context: int
+    block_size: int
+    lease_seconds: float
+    drain_seconds: float
+    router_address: str
+    context: zmq.asyncio.Context
+    peer_server: ServerSocket[PeerRequest]
+    transfer: Transfer
+    engine: Engine
+
+
+@dataclass(eq=False)
+class Peer:
+    """A prefill worker that this worker can pull from. reconnect_at: set while the connection is broken."""
+
+    descriptor: PeerDescriptor
+    socket: PeerSocket[PeerReply]
+    receiver: asyncio.Task[None]
+    reconnect_at: float | None = None
+
+
+class Worker:
+    """Runs until `stop` is called or something breaks."""
+
+    def __init__(self, parts: WorkerParts) -> None:
+        self._parts = parts
+        self._engine = parts.engine
+        self._transfer = parts.transfer
+        self._engine_id = parts.descriptor.engine_id
+        self._router = PeerSocket[RouterToWorker](
+            parts.context, parts.router_address, RouterToWorker, only_when_connected=True
+        )
+        self._epoch: str | None = None
+        self._heartbeat_interval = HELLO_SECONDS
+        self._granted = GrantedLeases(parts.lease_seconds)
+        self._borrowed = BorrowedLeases()
+        self._uncovered: dict[BorrowedLease, Sequence] = {}  # wait for the first acknowledged renewal
+        self._peers: dict[str, Peer] = {}
+        self._stopping = asyncio.Event()
+        self._stop_now = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None  # while running
+        self._error: WorkerDied | None = None
+        self._died = asyncio.Event()
+
+    # ------------------------------------------------------------------------------------ life
+
+    async def run(self) -> None:
+        """Serve until `stop`. Raises StartupError if the router refuses this worker, WorkerDied if a
+        thread dies."""
+        self._loop = asyncio.get_running_loop()
+        engine_thread = threading.Thread(target=self._run_engine, name="engine", daemon=True)
+        engine_thread.start()
+        loops: list[Coroutine[Any, Any, None]] = [
+            self._receive_from_router(),
+            self._serve_peers(),
+            self._keep_in_touch(),
+            self._tick(),
+            self._drain_when_asked(),
+            self._raise_when_dead(),
+        ]
+        tasks = [asyncio.create_task(loop) for loop in loops]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for finished in done:
+                finished.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._send_to_router(Left())
+            self._engine.post(Stop())
+            for engine_id in list(self._peers):
+                self._forget_peer(engine_id)
+            self._transfer.close()
+            self._router.close()
+            self._parts.peer_server.close()
+            engine_thread.join(timeout=5)
+
+    def stop(self) -> None:
+        """Finish what is there and leave; called twice, leave at once. Call it on the loop's thread."""
+        if self._stopping.is_set():
+            self._stop_now.set()
+        self._stopping.set()
+
+    def on_fatal(self, error: BaseException) -> None:
+        """A thread of this worker has died. May be called on any thread."""
+        self._call(self._die, error)
+
+    def on_events(self, events: list[Event]) -> None:
+        """Take the engine's events. Called on the engine thread."""
+        self._call(self._handle_events, events)
+
+    def _call(self, function: Callable[[Any], None], argument: Any) -> None:
+        try:
+            assert self._loop is not None
+            self._loop.call_soon_threadsafe(function, argument)
+        except RuntimeError:
+            logger.debug("the loop is closed: %s is dropped", argument)
+
+    def _die(self, error: BaseException) -> None:
+        self._error = WorkerDied(f"{type(error).__name__}: {error}")
+        self._error.__cause__ = error
+        self._died.set()
+
+    async def _raise_when_dead(self) -> None:
+        await self._died.wait()
+        assert self._error is not None
+        raise self._error
+
+    def _run_engine(self) -> None:
+        try:
+            self._engine.run()
+        except BaseException as error:
+            self.on_fatal(error)
+
+    async def _drain_when_asked(self) -> None:
+        await self._stopping.wait()
+        self._send_to_router(Leaving())
+        deadline = monotonic() + self._parts.drain_seconds
+        while not self._is_idle() and not self._stop_now.is_set() and monotonic() < deadline:
+            try:
+                await asyncio.wait_for(self._stop_now.wait(), TICK_SECONDS)
+            except TimeoutError:
+                continue
+
+    def _is_idle(self) -> bool:
+        load = self._engine.load
+        return not (load.running or load.waiting or len(self._granted) or len(self._borrowed))
+
+    # ---------------------------------------------------------------------------------- router
+
+    def _send_to_router(self, message: Message) -> None:
+        try:
+            self._router.send(message)
+        except SendFailed as error:
+            logger.debug("%s was not sent: %s", type(message).__name__, error)
+
+    async def _keep_in_touch(self) -> None:
+        """Say hello until a router answers, then send heartbeats."""
+        while True:
+            if self._epoch is None:
+                self._send_to_router(self._hello())
+            else:
+                self._send_to_router(Heartbeat(self._load()))
+            await asyncio.sleep(self._heartbeat_interval)
+
+    def _hello(self) -> Hello:
+        parts = self._parts
+        return Hello(parts.descriptor, parts.compatibility, self._load(), parts.max_context)
+
+    def _load(self) -> Load:
+        return msgspec.structs.replace(self._engine.load, step_age=self._engine.step_age())
+
+    async def _receive_from_router(self) -> None:
+        while True:
+            message = await self._router.receive()
+            match message:
+                case Welcome():
+                    self._join(message)
+                case Refused(field, ours, theirs):
+                    raise StartupError(
+                        f"the router refused this worker: its {field} is {theirs}, the cluster's is {ours}"
+                    )
+                case HeartbeatReply(epoch, known):
+                    if epoch != self._epoch or not known:
+                        self._epoch = None
+                        self._send_to_router(self._hello())
+                case PeerJoined(peer):
+                    self._meet_peer(peer)
+                case PeerLeft(engine_id):
+                    self._forget_peer(engine_id)
+                case Prefill(work):
+                    self._take(work, Mode.PREFILL)
+                case PrefillAndDecode(work):
+                    self._take(work, Mode.WHOLE)
+                case Decode(work, lease):
+                    self._take_leased(work, lease)
+                case Abort(request_id):
+                    self._abort(request_id)
+                case RenewLeases():
+                    self._send_to_router(self._renew(message))
+                case ReleaseLeases(lease_ids):
+                    self._release(lease_ids)
+                case Malformed(reason):
+                    logger.error("the router did not understand a message: %s", reason)
+
+    def _join(self, welcome: Welcome) -> None:
+        """A router that welcomes this worker has given it nothing yet: whatever is here is of the past."""
+        self._epoch = welcome.epoch
+        self._heartbeat_interval = welcome.heartbeat_interval
+        self._engine.post(AbortAll())
+        for borrowed in list(self._uncovered):
+            self._drop_borrowed(borrowed)
+        self._release(self._granted.held())
+        current = {peer.engine_id for peer in welcome.peers}
+        for engine_id in [engine_id for engine_id in self._peers if engine_id not in current]:
+            self._forget_peer(engine_id)
+        for peer in welcome.peers:
+            self._meet_peer(peer)
+        logger.info("joined router %s", welcome.epoch)
+
+    # ------------------------------------------------------------------------------------ work
+
+    def _take(self, work: Work, mode: Mode) -> None:
+        sequence = Sequence.from_work(work, mode)
+        refusal = self._refusal(sequence)
+        if refusal is None:
+            self._engine.post(AddSequence(sequence))
+        else:
+            self._send_to_router(refusal)
+
+    def _take_leased(self, work: Work, lease: KVLease) -> None:
+        """Queue the sequence as soon as the lease is known to cover it; renew the lease from now on."""
+        sequence = Sequence.from_work(work, Mode.DECODE)
+        refusal = self._refusal(sequence, lease)
+        peer = self._peers.get(lease.engine_id)
+        if refusal is None and peer is None:
+            refusal = WorkFailed(work.request_id, work.attempt, "the prefill worker is not known here", True)
+        if refusal is not None:
+            self._send_to_router(refusal)
+            return
+        self._drop_uncovered(work.request_id)
+        sequence.lease = self._borrowed.add(lease, work.request_id)
+        self._uncovered[sequence.lease] = sequence
+        self._send_to_router(DecodeAccepted(work.request_id, work.attempt))
+        self._renew_borrowed()
+
+    def _refusal(self, sequence: Sequence, lease: KVLease | None = None) -> WorkFailed | None:
+        def refuse(reason: str, *, retry: bool) -> WorkFailed:
+            return WorkFailed(sequence.request_id, sequence.attempt, reason, retry)
+
+        if self._stopping.is_set():
+            return refuse("the worker is leaving", retry=True)
+        needed = blocks_for(sequence.max_cached_tokens, self._parts.block_size)
+        num_blocks = self._parts.descriptor.region.num_blocks
+        if needed > num_blocks:
+            return refuse(f"the request needs {needed} KV blocks, the pool has {num_blocks}", retry=False)
+        if lease is not None and (
+            lease.num_tokens != len(sequence.token_ids) - 1
+            or len(lease.block_ids) < blocks_for(lease.num_tokens, self._parts.block_size)
+        ):
+            return refuse(f"lease {lease.lease_id} does not cover the tokens of the request", retry=True)
+        return None
+
+    def _abort(self, request_id: str) -> None:
+        self._drop_uncovered(request_id)
+        self._engine.post(AbortRequest(request_id))
+
+    def _drop_uncovered(self, request_id: str) -> None:
+        for borrowed in [b for b in self._uncovered if b.request_id == request_id]:
+            self._drop_borrowed(borrowed)
+
+    def _handle_events(self, events: list[Event]) -> None:
+        for event in events:
+            match event:
+                case LeaseUnneeded(borrowed):
+                    self._drop_borrowed(borrowed)
+                case PeerConnected(engine_id, lanes):
+                    logger.info("connected to %s over %s", engine_id, lanes)
+                    self._send_to_router(PeerLink(engine_id, lanes=lanes))
+                case PeerFailed(engine_id, reason):
+                    logger.warning("no connection to %s: %s", engine_id, reason)
+                    self._send_to_router(PeerLink(engine_id, error=reason))
+                    if engine_id in self._peers:
+                        self._peers[engine_id].reconnect_at = monotonic() + RECONNECT_SECONDS
+                case _:
+                    if isinstance(event, Prefilled) and event.lease is not None:
+                        self._granted.grant(event.lease.lease_id, monotonic())
+                    self._send_to_router(event)
+
+    # ----------------------------------------------------------------- leases granted to others
+
+    async def _serve_peers(self) -> None:
+        server = self._parts.peer_server
+        while True:
+            identity, message = await server.receive()
+            if isinstance(message, ReleaseLeases):
+                self._release(message.lease_ids)
+                continue
+            try:
+                server.send(identity, self._renew(message))
+            except SendFailed as error:
+                logger.debug("a renewal was not answered: %s", error)
+
+    def _renew(self, request: RenewLeases) -> LeasesRenewed:
+        renewed, lost = self._granted.renew(request.lease_ids, monotonic())
+        return LeasesRenewed(request.sequence, renewed, lost)
+
+    def _release(self, lease_ids: list[int]) -> None:
+        for lease_id in self._granted.release(lease_ids):
+            self._engine.post(FreeLease(lease_id))
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            now = monotonic()
+            for lease_id in self._granted.expire(now):
+                logger.warning("lease %d has expired", lease_id)
+                self._engine.post(FreeLease(lease_id))
+            self._renew_borrowed()
+            for peer in self._peers.values():
+                if peer.reconnect_at is not None and peer.reconnect_at <= now:
+                    peer.reconnect_at = None
+                    self._connect_transfer(peer.descriptor)
+
+    # ---------------------------------------------------------------- leases borrowed from peers
+
+    def _renew_borrowed(self) -> None:
+        now = monotonic()
+        for engine_id, lease_ids in self._borrowed.due(now).items():
+            self._send_to_peer(engine_id, RenewLeases(self._borrowed.sent(now), lease_ids))
+
+    def _take_renewal(self, engine_id: str, answer: LeasesRenewed) -> None:
+        covered, lost = self._borrowed.acknowledge(engine_id, answer.sequence, answer.renewed, answer.lost)
+        for borrowed in covered:
+            sequence = self._uncovered.pop(borrowed, None)
+            if sequence is not None:
+                self._engine.post(AddSequence(sequence))
+        for borrowed in lost:
+            self._lose_borrowed(borrowed, "the lease on its KV cache has expired")
+
+    def _lose_borrowed(self, borrowed: BorrowedLease, reason: str) -> None:
+        sequence = self._uncovered.pop(borrowed, None)
+        if sequence is None:
+            self._engine.post(LoseLease(borrowed, reason))
+        else:
+            self._send_to_router(WorkFailed(sequence.request_id, sequence.attempt, reason, retry=True))
+
+    def _drop_borrowed(self, borrowed: BorrowedLease) -> None:
+        """The lease is not needed any more: tell its owner, once."""
+        self._uncovered.pop(borrowed, None)
+        if self._borrowed.remove(borrowed.lease):
+            self._send_to_peer(borrowed.lease.engine_id, ReleaseLeases([borrowed.lease.lease_id]))
+
+    # ----------------------------------------------------------------------------------- peers
+
+    def _meet_peer(self, descriptor: PeerDescriptor) -> None:
+        if self._parts.descriptor.role != "decode" or descriptor.role != "prefill":
+            return
+        if descriptor.engine_id in self._peers:
+            return
+        socket = PeerSocket[PeerReply](self._parts.context, descriptor.control_address, PeerReply)
+        receiver = asyncio.create_task(self._receive_from_peer(descriptor.engine_id, socket))
+        self._peers[descriptor.engine_id] = Peer(descriptor, socket, receiver)
+        self._connect_transfer(descriptor)
+
+    def _connect_transfer(self, peer: PeerDescriptor) -> None:
+        self._transfer.connect(peer.engine_id, peer.transfer_address, peer.region)
+
+    def _forget_peer(self, engine_id: str) -> None:
+        """The peer is gone: its pulls fail at once, its leases are lost."""
+        peer = self._peers.pop(engine_id, None)
+        if peer is None:
+            return
+        self._transfer.disconnect(engine_id)
+        for borrowed in self._borrowed.drop_owner(engine_id):
+            self._lose_borrowed(borrowed, "the prefill worker is gone")
+        peer.receiver.cancel()
+        peer.socket.close()
+
+    async def _receive_from_peer(self, engine_id: str, socket: PeerSocket[PeerReply]) -> None:
+        while True:
+            message = await socket.receive()
+            if isinstance(message, LeasesRenewed):
+                self._take_renewal(engine_id, message)
+            else:
+                logger.error("%s did not understand a message: %s", engine_id, message.reason)
+
+    def _send_to_peer(self, engine_id: str, message: Message) -> None:
+        peer = self._peers.get(engine_id)
+        if peer is None:
+            return
+        try:
+            peer.socket.send(message)
+        except SendFailed as error:
+            logger.debug("%s was not sent to %s: %s", type(message).__name__, engine_id, error)

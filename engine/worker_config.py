@@ -1,0 +1,46 @@
+"""What a worker is told at start-up, resolved and checked before anything is loaded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pdengine.transport.messages import Role
+
+
+class StartupError(ValueError):
+    """The process cannot start as asked; the message is one sentence for the person who asked."""
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """bind_address: where other workers reach this one; port 0 is any free one. advertise_address: what they
+    are told instead, where the two differ. dtype: None is the checkpoint's own. kv_memory: bytes of the KV
+    cache. lease_seconds: how long a prompt's KV cache outlives its last renewal. pinned_share: of the pool,
+    for prompts computed for other workers. pull_seconds: after that a pull is given up. drain_seconds: what
+    SIGTERM leaves to requests in flight.
+    """
+
+    role: Role
+    model_directory: Path
+    router_address: str
+    bind_address: str = "tcp://127.0.0.1:0"
+    advertise_address: str | None = None
+    device: str = "cpu"
+    dtype: str | None = None
+    kv_memory: int = 4 * 2**30
+    block_size: int = 16
+    max_batch_tokens: int = 2048
+    max_requests: int = 64
+    lease_seconds: float = 30.0
+    pinned_share: float = 0.9
+    pull_seconds: float = 30.0
+    drain_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        if self.device != "cpu":
+            raise StartupError(f"device {self.device!r} is not supported yet; the one that is: cpu")
+        if self.block_size < 1:
+            raise StartupError(f"block size {self.block_size} must be at least 1")
+        if self.max_batch_tokens < 1:
+            raise StartupError(f"max batch tokens {self.max_batch_tokens} must be at least 1")
+        if self.max_requests < 1:
+            raise StartupError(f"max requests {self.max_requests} must be at least 1")

@@ -1,0 +1,110 @@
+"""What is refused at the door, each with a sentence that names the field and the limit."""
+
+import math
+from collections.abc import Sequence
+
+from pdengine.models.chat_template import ChatTemplateError
+from pdengine.models.tokenizer import Tokenizer
+from pdengine.router.registry import Registry
+from pdengine.transport.messages import ChatPrompt, Prompt, SamplingParams, TextPrompt, TokenPrompt
+
+MAX_TEXT_CHARACTERS = 4 * 2**20
+MAX_STOP_TOKENS = 1024
+SEEDS = range(-(2**63), 2**64)
+
+
+class InvalidRequest(ValueError):
+    """A request that cannot be served as it is; `field` is the argument at fault."""
+
+    def __init__(self, field: str | None, reason: str) -> None:
+        super().__init__(reason)
+        self.field = field
+
+
+def check_sampling(sampling: SamplingParams, timeout: float | None, vocab_size: int) -> None:
+    """Raise InvalidRequest for values out of range."""
+    if sampling.max_tokens < 1:
+        raise InvalidRequest("max_tokens", f"max_tokens is {sampling.max_tokens}, it must be at least 1")
+    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
+        raise InvalidRequest(
+            "temperature", f"temperature is {sampling.temperature}, it must be a finite number, 0 or more"
+        )
+    if sampling.top_k < 0:
+        raise InvalidRequest("top_k", f"top_k is {sampling.top_k}, it must be 0 (no limit) or more")
+    if not 0 < sampling.top_p <= 1:
+        raise InvalidRequest("top_p", f"top_p is {sampling.top_p}, it must be above 0 and at most 1")
+    if sampling.seed is not None and sampling.seed not in SEEDS:
+        raise InvalidRequest("seed", f"seed is {sampling.seed}, it must fit in 64 bits")
+    if len(sampling.stop_token_ids) > MAX_STOP_TOKENS:
+        raise InvalidRequest("stop_token_ids", f"stop_token_ids has more than {MAX_STOP_TOKENS} entries")
+    check_token_ids("stop_token_ids", sampling.stop_token_ids, vocab_size)
+    if timeout is not None and not (math.isfinite(timeout) and timeout > 0):
+        raise InvalidRequest("timeout", f"timeout is {timeout}, it must be a positive number of seconds")
+
+
+def check_token_ids(field: str, token_ids: Sequence[int], vocab_size: int) -> None:
+    """Raise InvalidRequest for a token id outside the vocabulary."""
+    for token_id in token_ids:
+        if not 0 <= token_id < vocab_size:
+            raise InvalidRequest(
+                field, f"{field} has token id {token_id}, the vocabulary is 0 to {vocab_size - 1}"
+            )
+
+
+def tokenize(prompt: Prompt, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+    """Token ids of any kind of prompt. Takes long for long text: call it off the event loop.
+
+    Raises InvalidRequest.
+    """
+    try:
+        match prompt:
+            case TextPrompt(text):
+                _check_length(len(text))
+                token_ids = tokenizer.encode(text) if text else []
+            case ChatPrompt(messages):
+                _check_length(sum(len(message.content) for message in messages))
+                turns = [{"role": message.role, "content": message.content} for message in messages]
+                token_ids = tokenizer.encode_chat(turns) if turns else []
+            case TokenPrompt(token_ids):
+                check_token_ids("prompt", token_ids, vocab_size)
+    except (ChatTemplateError, UnicodeError) as error:
+        raise InvalidRequest("prompt", str(error)) from error
+    if not token_ids:
+        raise InvalidRequest("prompt", "prompt is empty, it must have at least one token")
+    return token_ids
+
+
+def check_fits(num_prompt_tokens: int, max_tokens: int, registry: Registry) -> None:
+    """Raise InvalidRequest if no worker could ever take a request of this size."""
+    total = num_prompt_tokens + max_tokens
+    limit = registry.max_context
+    if limit is None:
+        raise InvalidRequest(None, "no worker has joined this router yet")
+    if num_prompt_tokens >= limit:
+        raise InvalidRequest(
+            "prompt", f"prompt has {num_prompt_tokens} tokens, the model's context is {limit} with the answer"
+        )
+    if total > limit:
+        raise InvalidRequest(
+            "max_tokens",
+            f"prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}, together {total}, "
+            f"the model's context is {limit}",
+        )
+    if num_prompt_tokens > registry.max_prompt_tokens:
+        raise InvalidRequest(
+            "prompt",
+            f"prompt has {num_prompt_tokens} tokens, the largest KV cache holds {registry.max_prompt_tokens}",
+        )
+    if total - 1 > registry.max_answer_tokens:  # the last token is never cached
+        raise InvalidRequest(
+            "max_tokens",
+            f"prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}, together {total}, "
+            f"the largest KV cache holds {registry.max_answer_tokens}",
+        )
+
+
+def _check_length(num_characters: int) -> None:
+    if num_characters > MAX_TEXT_CHARACTERS:
+        raise InvalidRequest(
+            "prompt", f"prompt has {num_characters} characters, the limit is {MAX_TEXT_CHARACTERS}"
+        )

@@ -1,0 +1,159 @@
+"""Which workers there are, how busy they are, and which of them gets the next piece of work."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from pdengine.transport.messages import (
+    Compatibility,
+    Hello,
+    Load,
+    PeerDescriptor,
+    Refused,
+    Role,
+    WorkerStatus,
+)
+
+
+@dataclass(eq=False)
+class WorkerEntry:
+    """identity: of its connection. assigned: tokens of prompt and answer of every request that it has now,
+    as the router knows it, which is newer than the last heartbeat. links: peers it can pull from -> lanes.
+    """
+
+    identity: bytes
+    descriptor: PeerDescriptor
+    compatibility: Compatibility
+    max_context: int
+    load: Load
+    heard_at: float
+    leaving: bool = False
+    assigned: dict[str, int] = field(default_factory=dict)
+    links: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def engine_id(self) -> str:
+        return self.descriptor.engine_id
+
+    @property
+    def role(self) -> Role:
+        return self.descriptor.role
+
+    @property
+    def assigned_tokens(self) -> int:
+        return sum(self.assigned.values())
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the KV cache holds."""
+        return self.load.num_blocks * self.compatibility.block_size
+
+
+class Registry:
+    """The workers that have joined. model: fingerprint that all of them must have."""
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._workers: dict[str, WorkerEntry] = {}
+
+    def __iter__(self) -> Iterator[WorkerEntry]:
+        return iter(list(self._workers.values()))
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    def get(self, engine_id: str | None) -> WorkerEntry | None:
+        return None if engine_id is None else self._workers.get(engine_id)
+
+    def by_identity(self, identity: bytes) -> WorkerEntry | None:
+        return next((worker for worker in self._workers.values() if worker.identity == identity), None)
+
+    def refusal(self, hello: Hello) -> Refused | None:
+        """Why this worker cannot join: the first field that differs from the router's or the workers'."""
+        theirs = hello.compatibility
+        if theirs.model != self._model:
+            return Refused("model", self._model, theirs.model)
+        for other in self._workers.values():
+            for name in Compatibility.__struct_fields__:
+                ours_value, their_value = getattr(other.compatibility, name), getattr(theirs, name)
+                if ours_value != their_value:
+                    return Refused(name, str(ours_value), str(their_value))
+        return None
+
+    def add(self, identity: bytes, hello: Hello, now: float) -> WorkerEntry:
+        worker = WorkerEntry(
+            identity, hello.peer, hello.compatibility, hello.max_context, hello.load, heard_at=now
+        )
+        self._workers[worker.engine_id] = worker
+        return worker
+
+    def remove(self, engine_id: str) -> None:
+        del self._workers[engine_id]
+        for worker in self._workers.values():
+            worker.links.pop(engine_id, None)
+
+    def silent(self, now: float, timeout: float) -> list[WorkerEntry]:
+        """Workers that were not heard of for `timeout` seconds."""
+        return [worker for worker in self._workers.values() if worker.heard_at + timeout < now]
+
+    # ------------------------------------------------------------------------------- placement
+
+    def pick_prefill(self, num_tokens: int, max_tokens: int) -> WorkerEntry | None:
+        """The least loaded worker for a new request: one that prefills, or one that does all of it.
+
+        Where one side of a disaggregated cluster is missing, the other side runs whole requests.
+        """
+        workers = self._able(num_tokens)
+        complete = self.is_disaggregated
+        candidates = [w for w in workers if w.role == "unified" or (complete and w.role == "prefill")]
+        if not candidates:
+            candidates = workers
+        candidates = [w for w in candidates if self.splits(w) or w.capacity >= num_tokens + max_tokens - 1]
+        return min(candidates, key=lambda w: (w.assigned_tokens, len(w.assigned)), default=None)
+
+    def pick_decode(self, num_tokens: int) -> WorkerEntry | None:
+        """A decode worker with room for `num_tokens`, or else the one with the fewest requests."""
+        workers = [worker for worker in self._able(num_tokens) if worker.role == "decode"]
+
+        def load(worker: WorkerEntry) -> tuple[bool, int, int]:
+            full = worker.assigned_tokens + num_tokens > worker.capacity
+            return full, len(worker.assigned), worker.assigned_tokens
+
+        return min(workers, key=load, default=None)
+
+    @property
+    def is_disaggregated(self) -> bool:
+        """Whether there is a worker for each of the two phases."""
+        roles = {worker.role for worker in self._workers.values() if not worker.leaving}
+        return {"prefill", "decode"} <= roles
+
+    def splits(self, worker: WorkerEntry) -> bool:
+        """Whether what `worker` is given now is decoded elsewhere."""
+        return worker.role == "prefill" and self.is_disaggregated
+
+    def _able(self, num_tokens: int) -> list[WorkerEntry]:
+        return [w for w in self._workers.values() if not w.leaving and w.capacity >= num_tokens]
+
+    # ---------------------------------------------------------------------------------- limits
+
+    @property
+    def max_context(self) -> int | None:
+        """Tokens of prompt and answer together that every worker takes; None without workers."""
+        return min((worker.max_context for worker in self._workers.values()), default=None)
+
+    @property
+    def max_answer_tokens(self) -> int:
+        """Tokens of prompt and answer together that the largest KV cache holds where answers are written."""
+        return max((w.capacity for w in self._workers.values() if not self.splits(w)), default=0)
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Tokens that the largest KV cache holds where prompts are computed."""
+        complete = self.is_disaggregated
+        capacities = [w.capacity for w in self._workers.values() if not (complete and w.role == "decode")]
+        return max(capacities, default=0)
+
+    def statuses(self, now: float) -> list[WorkerStatus]:
+        return [
+            WorkerStatus(w.engine_id, w.role, w.load, now - w.heard_at, dict(w.links))
+            for w in self._workers.values()
+        ]

@@ -1,0 +1,1 @@
+"""The `pdengine` command: parse, call, print."""

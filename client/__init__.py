@@ -1,0 +1,33 @@
+"""The ZeroMQ client library, blocking and asyncio.
+
+from pdengine.client import Client
+
+with Client("tcp://127.0.0.1:5555") as client:
+    print(client.generate("The capital of France is", max_tokens=8).text)
+"""
+
+from pdengine.client.async_client import AsyncClient
+from pdengine.client.client import Client
+from pdengine.client.results import (
+    Cancelled,
+    Completion,
+    Delta,
+    Failed,
+    GenerateError,
+    Rejected,
+    RouterUnavailable,
+    TimedOut,
+)
+
+__all__ = [
+    "AsyncClient",
+    "Cancelled",
+    "Client",
+    "Completion",
+    "Delta",
+    "Failed",
+    "GenerateError",
+    "Rejected",
+    "RouterUnavailable",
+    "TimedOut",
+]

@@ -104,10 +104,11 @@ def weight_files(directory: Path) -> list[Path]:
     weight_map = index.values.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise index.error("weight_map", "must be an object of tensor names and file names")
-    shards = set(weight_map.values())
-    for shard in shards:
-        if not isinstance(shard, str) or Path(shard).name != shard:
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or not shard or Path(shard).name != shard:
             raise CheckpointError(f"{index.path}: weight_map names {shard!r}, which is not a plain file name")
-        if not (directory / shard).is_file():
-            raise CheckpointError(f"{directory / shard}: no such file, though {INDEX_FILE} names it")
-    return [directory / shard for shard in sorted(shards)]
+    paths = [directory / shard for shard in sorted(set(weight_map.values()))]
+    for path in paths:
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file, though {INDEX_FILE} names it")
+    return paths

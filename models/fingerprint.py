@@ -71,8 +71,10 @@ def _read_header(file: BinaryIO) -> bytes:
 def _tensor_ranges(header: bytes) -> list[tuple[int, int]]:
     """Where each tensor's bytes lie after the header, in the order of the file."""
     entries = json.loads(header)
-    ranges = [entries[name]["data_offsets"] for name in entries if name != "__metadata__"]
-    return sorted((int(start), int(end)) for start, end in ranges)
+    ranges = [entry["data_offsets"] for name, entry in entries.items() if name != "__metadata__"]
+    if not all(0 <= start <= end for start, end in ranges):
+        raise ValueError("a tensor ends before it starts")
+    return sorted((start, end) for start, end in ranges)
 
 
 def _sample_offsets(start: int, end: int) -> list[int]:

@@ -171,10 +171,10 @@ class Router:
             self._end(request, Failed(request.tag, f"the prompt could not be tokenized: {error}"))
             return
         request.detokenizer = IncrementalDetokenizer(self._tokenizer, request.prompt_ids)
-        self._send_to_client(
-            request.client, Accepted(request.tag, request.request_id, len(request.prompt_ids))
-        )
-        self._place(request)
+        accepted = Accepted(request.tag, request.request_id, len(request.prompt_ids))
+        self._send_to_client(request.client, accepted)
+        if request in self._ledger:
+            self._place(request)
 
     def _send_to_client(self, client: bytes, message: Message) -> None:
         try:

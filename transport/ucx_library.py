@@ -153,6 +153,7 @@ struct pollfd { int fd; short events; short revents; };
 struct timespec { long seconds; long nanoseconds; };
 int poll(struct pollfd *descriptors, unsigned long count, int timeout);
 int clock_gettime(int clock, struct timespec *time);
+int sched_yield(void);
 void *open_memstream(char **buffer, size_t *size);
 int fclose(void *stream);
 void free(void *pointer);

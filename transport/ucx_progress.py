@@ -22,6 +22,7 @@ from numba.extending import intrinsic, register_jitable
 from pdengine.transport.ucx_library import UcxLibrary
 
 WINDOW = 64  # reads in flight per endpoint
+IDLE_PASSES = 4  # without any event, each ended by a yield, before it sleeps
 PROGRESS_CALLS = 4  # per pass, while UCX reports that it did something
 LONGEST_SLEEP_MS = 5000
 
@@ -69,6 +70,7 @@ class NativeFunctions(NamedTuple):
     free: int
     poll: int
     clock_gettime: int
+    sched_yield: int
 
 
 class NativeLoop(NamedTuple):
@@ -85,6 +87,7 @@ def native_functions(library: UcxLibrary) -> NativeFunctions:
         free=library.address_of("ucp_request_free"),
         poll=library.address_of("poll"),
         clock_gettime=library.address_of("clock_gettime"),
+        sched_yield=library.address_of("sched_yield"),
     )
 
 
@@ -98,7 +101,7 @@ def compile_loop() -> NativeLoop:
 
 def _compile(cache: bool) -> NativeLoop:
     # Signatures make numba compile here and not at the first call.
-    table, vector, functions = types.int64[:, ::1], types.int64[::1], types.UniTuple(types.int64, 7)
+    table, vector, functions = types.int64[:, ::1], types.int64[::1], types.UniTuple(types.int64, 8)
     signature = types.int64(functions, types.int64, types.int64, vector, vector, table, table, table)
     error_signature = types.void(types.voidptr, types.voidptr, types.int8)
     return NativeLoop(
@@ -115,7 +118,8 @@ def progress_until_news(functions, worker, descriptors, clock, control, endpoint
     [n, ENDPOINT_COLUMNS]; pulls: [m, PULL_COLUMNS]; requests: [m, WINDOW], those in flight, 0 where none.
     Returns 0, or the error of ucp_worker_arm.
     """
-    progress, arm, get, check_status, free, poll, clock_gettime = functions
+    progress, arm, get, check_status, free, poll, clock_gettime, sched_yield = functions
+    num_idle_passes = 0
     while True:
         num_events = _post(get, clock_gettime, clock, endpoints, pulls, requests)
         for _ in range(PROGRESS_CALLS):
@@ -127,6 +131,13 @@ def progress_until_news(functions, worker, descriptors, clock, control, endpoint
         if control[CONTROL_WAKE] != 0 or now >= control[CONTROL_DEADLINE] or _has_news(endpoints, pulls):
             return 0
         if num_events != 0:
+            num_idle_passes = 0
+            continue
+        num_idle_passes += 1
+        if num_idle_passes < IDLE_PASSES:
+            # The peer may share this CPU: let it do more before we wait, so that a wake-up brings many segments
+            # of an emulated read and not one. sched_yield takes no argument and ignores ours.
+            _call(sched_yield, (0,))
             continue
         status = _status(_call(arm, (worker,)))
         if status == _UCS_ERR_BUSY:

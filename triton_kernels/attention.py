@@ -41,7 +41,7 @@ class AttentionBatch:
 
 
 def store_kv(kv_pool: Tensor, layer: int, key: Tensor, value: Tensor, batch: AttentionBatch) -> None:
-    """Write the new tokens' `key` and `value` `[tokens, num_kv_heads, head_dim]` to one layer of the cache."""
+    """Write one layer's new `key` and `value`, `[tokens, num_kv_heads, head_dim]`, into the cache."""
     torch_attention.store_kv(kv_pool, layer, key, value, batch.block_ids, batch.block_offsets)
 
 

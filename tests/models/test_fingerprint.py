@@ -77,7 +77,18 @@ def test_damaged_weights(checkpoint, length):
         weights_fingerprint(checkpoint)
 
 
-@pytest.mark.parametrize("header", [b"[]", b"{", b'{"a": 1}', b'{"a": {}}', b'{"a": {"data_offsets": [1]}}'])
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[]",
+        b"{",
+        b'{"a": 1}',
+        b'{"a": {}}',
+        b'{"a": {"data_offsets": [1]}}',
+        b'{"a": {"data_offsets": [8, 4]}}',
+        b'{"a": {"data_offsets": ["0", "4"]}}',
+    ],
+)
 def test_headers_that_are_something_else(checkpoint, header):
     (checkpoint / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged"):

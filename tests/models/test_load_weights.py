@@ -175,12 +175,12 @@ def test_truncated_files(checkpoint):
 
 
 def test_bit_flips_in_the_header_never_escape_as_something_else(checkpoint):
-    """A flip can hit a character of a dtype and stay legal; all others are a CheckpointError with the file's name."""
+    """Only a CheckpointError may come out; few flips are legal, such as one in the metadata's text."""
     path = checkpoint / "model.safetensors"
     content = path.read_bytes()
     header_bytes = 8 + int.from_bytes(content[:8], "little")
     generator = random.Random(0)
-    refused = 0
+    sentences = []
     for _ in range(300):
         damaged = bytearray(content)
         damaged[generator.randrange(header_bytes)] ^= 1 << generator.randrange(8)
@@ -188,6 +188,6 @@ def test_bit_flips_in_the_header_never_escape_as_something_else(checkpoint):
         try:
             load(checkpoint)
         except CheckpointError as error:
-            assert str(checkpoint) in str(error)
-            refused += 1
-    assert refused > 250
+            sentences.append(str(error))
+    assert len(sentences) > 250
+    assert all(str(checkpoint) in sentence for sentence in sentences)

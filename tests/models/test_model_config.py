@@ -68,7 +68,8 @@ def test_defaults_of_absent_fields(tmp_path):
     assert config.head_dim == 16
     assert config.rope == RopeConfig(theta=10000.0)
     assert not config.tie_word_embeddings
-    assert not (config.qkv_bias or config.attention_output_bias or config.mlp_bias or config.qk_norm)
+    flags = (config.qkv_bias, config.attention_output_bias, config.mlp_bias, config.qk_norm)
+    assert flags == (False, False, False, False)
     assert config.dtype == "float32"
     assert config.eos_token_ids == ()
     assert config.bos_token_id is None
@@ -76,8 +77,9 @@ def test_defaults_of_absent_fields(tmp_path):
 
 def test_null_is_absent_where_a_default_exists(tmp_path):
     optional = (
-        "num_key_value_heads head_dim rope_theta rope_scaling rope_parameters tie_word_embeddings attention_bias "
-        "mlp_bias torch_dtype dtype eos_token_id bos_token_id quantization_config use_sliding_window layer_types"
+        "num_key_value_heads head_dim rope_theta rope_scaling rope_parameters tie_word_embeddings "
+        "attention_bias mlp_bias torch_dtype dtype eos_token_id bos_token_id quantization_config "
+        "use_sliding_window layer_types"
     )
     assert load(tmp_path, dict.fromkeys(optional.split())) == load(tmp_path)
 

@@ -1,0 +1,3 @@
+from pdengine.cli.main import main
+
+main()

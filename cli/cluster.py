@@ -1,0 +1,170 @@
+"""A router and its workers as child processes of this one."""
+
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from time import monotonic
+from types import TracebackType
+
+from pdengine.client import Client
+from pdengine.engine.worker_config import StartupError
+from pdengine.transport.messages import Role, Status
+
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+READY_SECONDS = 600.0
+POLL_SECONDS = 0.1
+STOP_SECONDS = 10.0
+RESTART_SECONDS = 10.0  # a worker that dies sooner than this after its start is not started again
+LISTENING = re.compile(r"listening for clients on (\S+), for workers on (\S+)")
+
+
+class ChildDied(StartupError):
+    """A child process ended by itself; its own last words are on stderr."""
+
+
+@dataclass(eq=False)
+class Child:
+    name: str
+    arguments: list[str]
+    process: subprocess.Popen[str]
+    started_at: float
+
+
+class Cluster:
+    """Start with `with Cluster(...) as cluster`, then `wait_ready`; leaving the block stops every process.
+
+    The children die with this process, however it dies. worker_arguments: options of every worker.
+    """
+
+    def __init__(
+        self,
+        model_directory: Path,
+        *,
+        roles: Sequence[Role],
+        client_address: str = "tcp://127.0.0.1:0",
+        worker_arguments: Sequence[str] = (),
+    ) -> None:
+        if not roles:
+            raise StartupError("a cluster needs at least one worker")
+        self._model = ["--model", str(model_directory)]
+        self._roles = list(roles)
+        self._client_address = client_address
+        self._worker_arguments = list(worker_arguments)
+        self._children: list[Child] = []
+        self.client_address = ""
+
+    def __enter__(self) -> "Cluster":
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _start(self) -> None:
+        addresses = ["--client-address", self._client_address, "--worker-address", "tcp://127.0.0.1:0"]
+        router = self._spawn("router", ["router", *self._model, *addresses])
+        assert router.process.stdout is not None
+        match = LISTENING.search(router.process.stdout.readline())
+        if match is None:
+            router.process.wait()
+            raise ChildDied("the router did not start")
+        self.client_address, worker_address = match.groups()
+        for role in self._roles:
+            arguments = [role, *self._model, "--router", worker_address, *self._worker_arguments]
+            self._spawn(role, arguments)
+
+    def wait_ready(self, stop: Event | None = None) -> Status | None:
+        """Wait until every worker has joined and every decode worker can pull from every prefill worker.
+
+        None if `stop` is set before. Raises ChildDied, or StartupError after READY_SECONDS.
+        """
+        deadline = monotonic() + READY_SECONDS
+        stop = stop or Event()
+        with Client(self.client_address) as client:
+            while monotonic() < deadline:
+                for child in self._dead():
+                    raise ChildDied(f"{child.name} ended with exit status {child.process.returncode}")
+                status = client.status()
+                if self._is_ready(status):
+                    return status
+                if stop.wait(POLL_SECONDS):
+                    return None
+        raise StartupError(f"the workers have not joined within {READY_SECONDS:g} s")
+
+    def supervise(self, stop: Event) -> None:
+        """Until `stop` is set, start workers again that end by themselves.
+
+        Raises ChildDied for the router, or for a worker that does not stay up.
+        """
+        while not stop.wait(POLL_SECONDS):
+            for child in self._dead():
+                ended = f"{child.name} ended with exit status {child.process.returncode}"
+                if child.name == "router" or monotonic() - child.started_at < RESTART_SECONDS:
+                    raise ChildDied(ended)
+                print(f"{ended}; starting it again", file=sys.stderr, flush=True)
+                self._children.remove(child)
+                self._spawn(child.name, child.arguments)
+
+    def stop(self) -> None:
+        """End every child: the router first, so that nothing is left for the workers to finish."""
+        for child in self._children:
+            child.process.send_signal(signal.SIGTERM)
+            if child.name == "router":
+                self._reap(child, STOP_SECONDS)
+        deadline = monotonic() + STOP_SECONDS
+        for child in self._children:
+            self._reap(child, max(0.1, deadline - monotonic()))
+        self._children.clear()
+
+    def _is_ready(self, status: Status) -> bool:
+        prefills = {worker.engine_id for worker in status.workers if worker.role == "prefill"}
+        linked = all(prefills <= set(w.links) for w in status.workers if w.role == "decode")
+        return linked and sorted(worker.role for worker in status.workers) == sorted(self._roles)
+
+    def _dead(self) -> list[Child]:
+        return [child for child in self._children if child.process.poll() is not None]
+
+    def _spawn(self, name: str, arguments: list[str]) -> Child:
+        # In a session of their own the children do not see the terminal's Ctrl-C: they are stopped in order.
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pdengine.cli", *arguments],
+            stdout=subprocess.PIPE if name == "router" else None,
+            stdin=subprocess.DEVNULL,
+            env=self._environment(),
+            text=True,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )
+        child = Child(name, arguments, process, monotonic())
+        self._children.append(child)
+        return child
+
+    def _environment(self) -> dict[str, str]:
+        """Workers of one machine share its cores, instead of each starting a thread per core."""
+        threads = max(1, len(os.sched_getaffinity(0)) // len(self._roles))
+        return {"OMP_NUM_THREADS": str(threads), **os.environ}
+
+    @staticmethod
+    def _reap(child: Child, seconds: float) -> None:
+        try:
+            child.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            child.process.kill()
+            child.process.wait()
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

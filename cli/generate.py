@@ -1,0 +1,53 @@
+"""`pdengine generate`: one request from the command line."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import click
+
+from pdengine.cli.cluster import Cluster
+from pdengine.cli.options import errors_in_one_line
+from pdengine.client import Client
+from pdengine.client.results import PromptLike
+
+DEFAULT_ROUTER = "tcp://127.0.0.1:5555"
+
+
+@click.command()
+@click.argument("prompt")
+@click.option("--router", "router_address", metavar="ADDRESS", help=f"A running router.  [{DEFAULT_ROUTER}]")
+@click.option(
+    "--model",
+    "model_directory",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Instead of a running router: start one with this checkpoint for the one request.",
+)
+@click.option("--max-tokens", type=int, default=128, show_default=True)
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--chat", is_flag=True, help="Put the prompt into the checkpoint's chat template.")
+@click.option("--stream/--no-stream", default=True, show_default=True, help="Print tokens as they come.")
+def generate(
+    prompt: str,
+    router_address: str | None,
+    model_directory: Path | None,
+    max_tokens: int,
+    temperature: float,
+    chat: bool,
+    stream: bool,
+) -> None:
+    """Print the answer to PROMPT."""
+    if router_address is not None and model_directory is not None:
+        raise click.UsageError("--router and --model exclude each other")
+    question: PromptLike = [{"role": "user", "content": prompt}] if chat else prompt
+    with errors_in_one_line(), ExitStack() as stack:
+        if model_directory is not None:
+            cluster = stack.enter_context(Cluster(model_directory, roles=["unified"]))
+            cluster.wait_ready()
+            router_address = cluster.client_address
+        client = stack.enter_context(Client(router_address or DEFAULT_ROUTER))
+        answer = stack.enter_context(client.stream(question, max_tokens=max_tokens, temperature=temperature))
+        for delta in answer:
+            if stream:
+                click.echo(delta.text, nl=False)
+        click.echo("" if stream else answer.completion.text)

@@ -1,0 +1,18 @@
+"""`pdengine`: one program for every role."""
+
+import click
+
+from pdengine.cli.demo import demo
+from pdengine.cli.generate import generate
+from pdengine.cli.serve import decode, prefill, router, unified
+from pdengine.cli.up import up
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="pdengine")
+def main() -> None:
+    """LLM inference with prefill and decode in separate processes."""
+
+
+for command in (router, prefill, decode, unified, up, generate, demo):
+    main.add_command(command)

@@ -1,0 +1,101 @@
+"""`pdengine router` and the three worker roles."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pdengine.cli.options import errors_in_one_line, log_to_stderr, model_option, worker_options
+from pdengine.transport.messages import Role
+
+
+@click.command()
+@model_option
+@click.option(
+    "--client-address", default="tcp://127.0.0.1:5555", show_default=True, help="Where clients connect."
+)
+@click.option(
+    "--worker-address", default="tcp://127.0.0.1:5556", show_default=True, help="Where workers connect."
+)
+def router(model_directory: Path, client_address: str, worker_address: str) -> None:
+    """The front door: takes requests and gives them to workers."""
+    from pdengine.router.router import Router, RouterConfig
+
+    async def serve() -> None:
+        server = Router(RouterConfig(model_directory, client_address, worker_address))
+        click.echo(
+            f"listening for clients on {server.client_address}, for workers on {server.worker_address}"
+        )
+        running = asyncio.create_task(server.run())
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, running.cancel)
+        await asyncio.wait([running])
+        if not running.cancelled():
+            running.result()
+
+    log_to_stderr("router")
+    with errors_in_one_line():
+        asyncio.run(serve())
+
+
+def _worker_command(role: Role, help_text: str) -> click.Command:
+    @click.command(name=role, help=help_text)
+    @model_option
+    @click.option("--router", "router_address", required=True, metavar="ADDRESS", help="tcp://HOST:5556")
+    @click.option(
+        "--bind",
+        "bind_address",
+        default="tcp://127.0.0.1:0",
+        show_default=True,
+        help="Where other workers reach this one; port 0 is any free one.",
+    )
+    @click.option(
+        "--advertise",
+        "advertise_address",
+        help="What other workers are told instead of --bind. Its interface carries the KV cache.",
+    )
+    @worker_options
+    def command(**options: Any) -> None:
+        from pdengine.engine.start_worker import run_worker
+        from pdengine.engine.worker_config import WorkerConfig
+
+        log_to_stderr(f"{role}[{os.getpid()}]")
+        with errors_in_one_line(), _weights_progress() as progress:
+            run_worker(WorkerConfig(role=role, **options), progress=progress)
+
+    return command
+
+
+prefill = _worker_command("prefill", "A worker that computes prompts and hands their KV cache on.")
+decode = _worker_command("decode", "A worker that pulls the KV cache of prompts and writes the answers.")
+unified = _worker_command("unified", "A worker that does both for each of its requests.")
+
+
+@contextmanager
+def _weights_progress() -> Iterator[Any]:
+    """A progress bar on a terminal, one line elsewhere; gives a function of (done, total) bytes."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
+    started_at = monotonic()
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("loading weights", total=None)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            if done == total:
+                bar.stop()
+                seconds = monotonic() - started_at
+                click.echo(
+                    f"loaded {total / 2**20:.1f} MiB of weights, {seconds:.1f} s after start", err=True
+                )
+
+        yield progress

@@ -1,0 +1,328 @@
+"""The asyncio client: one DEALER socket, any number of requests at once."""
+
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+from time import monotonic
+from types import TracebackType
+from typing import TypeAlias, cast
+
+import zmq.asyncio
+
+from pdengine.client.results import (
+    Cancelled,
+    Completion,
+    Delta,
+    Failed,
+    PromptLike,
+    Rejected,
+    RouterUnavailable,
+    TimedOut,
+)
+from pdengine.transport import messages
+from pdengine.transport.messages import (
+    Accepted,
+    Cancel,
+    ChatMessage,
+    ChatPrompt,
+    Finished,
+    Generate,
+    GetStatus,
+    Message,
+    Prompt,
+    RouterToClient,
+    SamplingParams,
+    Status,
+    TextPrompt,
+    TokenPrompt,
+)
+from pdengine.transport.sockets import PeerSocket, SendFailed
+
+CONNECT_SECONDS = 10.0
+STATUS_SECONDS = 10.0
+GRACE_SECONDS = 5.0  # beyond a request's own timeout, for the router's answer to arrive
+
+Reply: TypeAlias = RouterToClient | RouterUnavailable
+
+
+class AsyncClient:
+    """A client of the router at `address`. Use it as `async with`, or call `close`.
+
+    Make it on the event loop that uses it. It connects in the background, and again when the connection is
+    lost; a request waits up to `connect_timeout` seconds for it.
+    """
+
+    def __init__(
+        self, address: str = "tcp://127.0.0.1:5555", *, connect_timeout: float = CONNECT_SECONDS
+    ) -> None:
+        self.address = address
+        self._connect_timeout = connect_timeout
+        self._context = zmq.asyncio.Context()
+        self._socket = PeerSocket[RouterToClient](self._context, address, RouterToClient)
+        self._connected = asyncio.Event()
+        self._replies: dict[int, asyncio.Queue[Reply]] = {}
+        self._last_tag = 0
+        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch_connection())]
+
+    async def __aenter__(self) -> "AsyncClient":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Cancel what is in flight and disconnect."""
+        for tag in list(self._replies):
+            self.cancel(tag)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._socket.close()
+        self._context.destroy(linger=None)
+
+    async def generate(
+        self,
+        prompt: PromptLike,
+        *,
+        max_tokens: int = 16,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop_token_ids: Iterable[int] = (),
+        ignore_eos: bool = False,
+        timeout: float | None = None,
+    ) -> Completion:
+        """The whole answer to `prompt`. The arguments are those of SamplingParams; timeout is in seconds.
+
+        Raises Rejected, Failed, TimedOut, Cancelled or RouterUnavailable.
+        """
+        stream = self.stream(
+            prompt,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop_token_ids=stop_token_ids,
+            ignore_eos=ignore_eos,
+            timeout=timeout,
+        )
+        async with stream:
+            async for _ in stream:
+                pass
+        return stream.completion
+
+    def stream(
+        self,
+        prompt: PromptLike,
+        *,
+        max_tokens: int = 16,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop_token_ids: Iterable[int] = (),
+        ignore_eos: bool = False,
+        timeout: float | None = None,
+    ) -> "AsyncStream":
+        """Like `generate`, but the answer comes as an asynchronous iterator of Delta.
+
+        The request is sent at the first step; closing the stream cancels it.
+        """
+        sampling = SamplingParams(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop_token_ids=tuple(stop_token_ids),
+            ignore_eos=ignore_eos,
+        )
+        return AsyncStream(self, to_prompt(prompt), sampling, timeout)
+
+    async def status(self) -> Status:
+        """The workers that have joined the router, and their load. Raises RouterUnavailable."""
+        await self.wait_connected(self._connect_timeout)
+        tag, replies = self.open()
+        try:
+            self.send(GetStatus(tag))
+            reply = await asyncio.wait_for(replies.get(), STATUS_SECONDS)
+        except TimeoutError:
+            raise RouterUnavailable(f"no answer from the router at {self.address}") from None
+        finally:
+            self.forget(tag)
+        if isinstance(reply, RouterUnavailable):
+            raise reply
+        assert isinstance(reply, Status)
+        return reply
+
+    # ------------------------------------------------------------------- used by AsyncStream
+
+    def open(self) -> tuple[int, "asyncio.Queue[Reply]"]:
+        """A new tag, and the queue that gets what the router says about it."""
+        self._last_tag += 1
+        self._replies[self._last_tag] = asyncio.Queue()
+        return self._last_tag, self._replies[self._last_tag]
+
+    def forget(self, tag: int) -> None:
+        self._replies.pop(tag, None)
+
+    def cancel(self, tag: int) -> None:
+        try:
+            self._socket.send(Cancel(tag))
+        except SendFailed:
+            return  # the router aborts the requests of a client that is gone
+
+    def send(self, message: Message) -> None:
+        try:
+            self._socket.send(message)
+        except SendFailed as error:
+            raise RouterUnavailable(f"the router at {self.address} does not read: {error}") from error
+
+    async def wait_connected(self, seconds: float) -> None:
+        try:
+            await asyncio.wait_for(self._connected.wait(), seconds)
+        except TimeoutError:
+            raise RouterUnavailable(f"no router answers at {self.address}") from None
+
+    async def _receive(self) -> None:
+        while True:
+            message = await self._socket.receive()
+            if isinstance(message, messages.Malformed):
+                self._tell_all(RouterUnavailable(f"the router did not understand: {message.reason}"))
+            elif message.tag in self._replies:
+                self._replies[message.tag].put_nowait(message)
+
+    async def _watch_connection(self) -> None:
+        while True:
+            if await self._socket.connection_change():
+                self._connected.set()
+            else:
+                self._connected.clear()
+                self._tell_all(RouterUnavailable(f"the connection to the router at {self.address} was lost"))
+
+    def _tell_all(self, error: RouterUnavailable) -> None:
+        for replies in self._replies.values():
+            replies.put_nowait(error)
+
+
+class AsyncStream:
+    """One request in flight: an asynchronous iterator of Delta. Use it as `async with`, or call `aclose`."""
+
+    def __init__(
+        self, client: AsyncClient, prompt: Prompt, sampling: SamplingParams, timeout: float | None
+    ) -> None:
+        self._client = client
+        self._prompt = prompt
+        self._sampling = sampling
+        self._timeout = timeout
+        self._give_up_at: float | None = None
+        self._tag: int | None = None
+        self._replies: asyncio.Queue[Reply] = asyncio.Queue()
+        self._deltas: list[Delta] = []
+        self._finished: Finished | None = None
+        self._closed = False
+
+    @property
+    def completion(self) -> Completion:
+        """The whole answer, once the iteration has ended."""
+        if self._finished is None:
+            raise RuntimeError("the stream has not ended")
+        return Completion(
+            text="".join(delta.text for delta in self._deltas),
+            token_ids=[token_id for delta in self._deltas for token_id in delta.token_ids],
+            finish_reason=self._finished.finish_reason,
+            usage=self._finished.usage,
+            prefill_worker=self._finished.prefill_worker,
+            decode_worker=self._finished.decode_worker,
+            attempts=self._finished.attempts,
+            transfer=self._finished.transfer,
+        )
+
+    def __aiter__(self) -> "AsyncStream":
+        return self
+
+    async def __anext__(self) -> Delta:
+        if self._closed:
+            raise StopAsyncIteration
+        try:
+            if self._tag is None:
+                await self._start()
+            delta = await self._next_delta()
+        except BaseException:
+            await self.aclose()
+            raise
+        if delta is None:
+            await self.aclose()
+            raise StopAsyncIteration
+        self._deltas.append(delta)
+        return delta
+
+    async def aclose(self) -> None:
+        """End the request if it has not ended; idempotent."""
+        self._closed = True
+        if self._tag is None:
+            return
+        if self._finished is None:
+            self._client.cancel(self._tag)
+        self._client.forget(self._tag)
+        self._tag = None
+
+    async def __aenter__(self) -> "AsyncStream":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def _start(self) -> None:
+        await self._client.wait_connected(self._client._connect_timeout)
+        self._tag, self._replies = self._client.open()
+        if self._timeout is not None:
+            self._give_up_at = monotonic() + self._timeout + GRACE_SECONDS
+        self._client.send(Generate(self._tag, self._prompt, self._sampling, self._timeout))
+
+    async def _next_delta(self) -> Delta | None:
+        """The next piece of the answer, or None after the last. Raises what the request ended with."""
+        while self._finished is None:
+            remaining = None if self._give_up_at is None else self._give_up_at - monotonic()
+            try:
+                reply = await asyncio.wait_for(self._replies.get(), remaining)
+            except TimeoutError:
+                raise TimedOut(f"no answer within {self._timeout:g} s") from None
+            match reply:
+                case messages.Delta(_, text, token_ids):
+                    return Delta(text, token_ids)
+                case Finished():
+                    self._finished = reply
+                    if reply.text:
+                        return Delta(reply.text, [])
+                case messages.Rejected(_, reason, field):
+                    raise Rejected(reason, field)
+                case messages.Failed(_, reason):
+                    raise Failed(reason)
+                case messages.Aborted(_, "timeout"):
+                    raise TimedOut(f"the request did not finish within {self._timeout:g} s")
+                case messages.Aborted():
+                    raise Cancelled("the request was cancelled")
+                case RouterUnavailable():
+                    raise reply
+                case Accepted():
+                    continue
+        return None
+
+
+def to_prompt(prompt: PromptLike) -> Prompt:
+    """Text, token ids or chat messages as they travel. Raises TypeError for anything else."""
+    if isinstance(prompt, str):
+        return TextPrompt(prompt)
+    items = list(prompt)
+    if all(isinstance(item, Mapping) for item in items) and items:
+        turns = cast(Sequence[Mapping[str, str]], items)
+        return ChatPrompt([ChatMessage(turn["role"], turn["content"]) for turn in turns])
+    if all(isinstance(item, int) and not isinstance(item, bool) for item in items):
+        return TokenPrompt(cast(list[int], items))
+    raise TypeError("prompt must be a string, a list of token ids or a list of chat messages")

@@ -1,0 +1,166 @@
+"""The blocking client: the asyncio client on a thread of its own."""
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Iterable
+from types import TracebackType
+from typing import Any, TypeVar
+
+from pdengine.client.async_client import CONNECT_SECONDS, AsyncClient, AsyncStream
+from pdengine.client.results import Completion, Delta, PromptLike
+from pdengine.transport.messages import Status
+
+T = TypeVar("T")
+
+
+class Client:
+    """A client of the router at `address`; may be shared by threads. Use it as `with`, or call `close`."""
+
+    def __init__(
+        self, address: str = "tcp://127.0.0.1:5555", *, connect_timeout: float = CONNECT_SECONDS
+    ) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="pdengine-client", daemon=True)
+        self._thread.start()
+        self._closed = False
+        try:
+            self._client = self.wait(self._make_client(address, connect_timeout))
+        except BaseException:
+            self._stop_loop()
+            raise
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancel what is in flight and disconnect; idempotent."""
+        if not self._closed:
+            self.wait(self._client.close())
+            self._stop_loop()
+
+    def generate(
+        self,
+        prompt: PromptLike,
+        *,
+        max_tokens: int = 16,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop_token_ids: Iterable[int] = (),
+        ignore_eos: bool = False,
+        timeout: float | None = None,
+    ) -> Completion:
+        """The whole answer to `prompt`. The arguments are those of SamplingParams; timeout is in seconds.
+
+        Raises Rejected, Failed, TimedOut, Cancelled or RouterUnavailable.
+        """
+        return self.wait(
+            self._client.generate(
+                prompt,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                stop_token_ids=stop_token_ids,
+                ignore_eos=ignore_eos,
+                timeout=timeout,
+            )
+        )
+
+    def stream(
+        self,
+        prompt: PromptLike,
+        *,
+        max_tokens: int = 16,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop_token_ids: Iterable[int] = (),
+        ignore_eos: bool = False,
+        timeout: float | None = None,
+    ) -> "Stream":
+        """Like `generate`, but the answer comes as an iterator of Delta. Closing it cancels the request."""
+        stream = self._client.stream(
+            prompt,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop_token_ids=stop_token_ids,
+            ignore_eos=ignore_eos,
+            timeout=timeout,
+        )
+        return Stream(self, stream)
+
+    def status(self) -> Status:
+        """The workers that have joined the router, and their load. Raises RouterUnavailable."""
+        return self.wait(self._client.status())
+
+    def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the client's thread; if this thread is interrupted, it is cancelled there."""
+        if self._closed:
+            coroutine.close()
+            raise RuntimeError("the client is closed")
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    @staticmethod
+    async def _make_client(address: str, connect_timeout: float) -> AsyncClient:
+        return AsyncClient(address, connect_timeout=connect_timeout)
+
+    def _stop_loop(self) -> None:
+        self._closed = True
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+class Stream:
+    """One request in flight: an iterator of Delta. Use it as `with`, or call `close`."""
+
+    def __init__(self, client: Client, stream: AsyncStream) -> None:
+        self._client = client
+        self._stream = stream
+
+    @property
+    def completion(self) -> Completion:
+        """The whole answer, once the iteration has ended."""
+        return self._stream.completion
+
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> Delta:
+        delta = self._client.wait(self._next())
+        if delta is None:
+            raise StopIteration
+        return delta
+
+    def close(self) -> None:
+        """End the request if it has not ended; idempotent."""
+        self._client.wait(self._stream.aclose())
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def _next(self) -> Delta | None:
+        # StopAsyncIteration must not cross from one thread's loop to another: None stands for it.
+        return await anext(self._stream, None)

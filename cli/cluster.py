@@ -26,7 +26,11 @@ LISTENING = re.compile(r"listening for clients on (\S+), for workers on (\S+)")
 
 
 class ChildDied(StartupError):
-    """A child process ended by itself; its own last words are on stderr."""
+    """A child process ended by itself. has_said_why: it ended with its own sentence on stderr."""
+
+    def __init__(self, name: str, exit_status: int) -> None:
+        super().__init__(f"{name} ended with exit status {exit_status}")
+        self.has_said_why = exit_status == 1
 
 
 @dataclass(eq=False)
@@ -79,8 +83,7 @@ class Cluster:
         assert router.process.stdout is not None
         match = LISTENING.search(router.process.stdout.readline())
         if match is None:
-            router.process.wait()
-            raise ChildDied("the router did not start")
+            raise ChildDied("router", router.process.wait())
         self.client_address, worker_address = match.groups()
         for role in self._roles:
             arguments = [role, *self._model, "--router", worker_address, *self._worker_arguments]
@@ -96,7 +99,7 @@ class Cluster:
         with Client(self.client_address) as client:
             while monotonic() < deadline:
                 for child in self._dead():
-                    raise ChildDied(f"{child.name} ended with exit status {child.process.returncode}")
+                    raise ChildDied(child.name, child.process.returncode)
                 status = client.status()
                 if self._is_ready(status):
                     return status
@@ -111,10 +114,10 @@ class Cluster:
         """
         while not stop.wait(POLL_SECONDS):
             for child in self._dead():
-                ended = f"{child.name} ended with exit status {child.process.returncode}"
+                died = ChildDied(child.name, child.process.returncode)
                 if child.name == "router" or monotonic() - child.started_at < RESTART_SECONDS:
-                    raise ChildDied(ended)
-                print(f"{ended}; starting it again", file=sys.stderr, flush=True)
+                    raise died
+                print(f"{died}; starting it again", file=sys.stderr, flush=True)
                 self._children.remove(child)
                 self._spawn(child.name, child.arguments)
 

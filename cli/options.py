@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
+from pdengine.cli.cluster import ChildDied
 from pdengine.client import GenerateError
 from pdengine.engine.worker_config import StartupError
 from pdengine.models.chat_template import ChatTemplateError
@@ -79,6 +80,10 @@ def errors_in_one_line() -> Iterator[None]:
     """Errors that the user can do something about end the command with their sentence, not a traceback."""
     try:
         yield
+    except ChildDied as error:
+        if error.has_said_why:
+            raise SystemExit(1) from error
+        raise click.ClickException(str(error)) from error
     except EXPECTED_ERRORS as error:
         raise click.ClickException(str(error)) from error
 

@@ -45,7 +45,7 @@ class BlockPool:
     def free(self, block_ids: Iterable[int]) -> None:
         """Give blocks back. Freeing a block that is not allocated is a defect of the caller."""
         for start, length in _runs(sorted(block_ids)):
-            assert all(self._allocated[start : start + length]), "a block was freed twice"
+            assert self._allocated[start : start + length] == b"\x01" * length, "freed what was not allocated"
             self._allocated[start : start + length] = bytes(length)
             self.num_free += length
             self._insert_coalesced(start, length)

@@ -39,7 +39,7 @@ class AbortRequest:
 
 @dataclass(frozen=True)
 class AbortAll:
-    """Drop every request and every granted lease: the router that gave them is gone."""
+    """Drop every request: the router that gave them is gone. Granted leases stay until FreeLease."""
 
 
 @dataclass(frozen=True)
@@ -108,23 +108,25 @@ class Engine:
         self._inbox.put(command)
 
     def step_age(self) -> float:
-        """Seconds since the loop last turned, while there is work; 0 when it sleeps for lack of it."""
-        return monotonic() - self._turned_at if self.load.running or self.load.waiting else 0.0
+        """Seconds since the loop last turned, while a sequence can run; 0 when the loop sleeps."""
+        return monotonic() - self._turned_at if self._scheduler.running else 0.0
 
     def run(self) -> None:
         """Turn until Stop."""
+        ran = False
         while True:
-            for command in self._take_commands():
+            # After a step that ran there is always another turn: what it finished may have made room.
+            for command in self._take_commands(wait=not ran):
                 if isinstance(command, Stop):
                     return
                 self._handle(command)
-            self._step()
+            ran = self._step()
 
-    def _take_commands(self) -> list[Command]:
-        """All commands that are there; waits for one, or for a pull's deadline, if no sequence can run."""
+    def _take_commands(self, *, wait: bool) -> list[Command]:
+        """All commands that are there. `wait`: sleep until there is one or a pull has its deadline."""
         commands: list[Command] = []
         try:
-            if not self._scheduler.running:
+            if wait:
                 deadline = self._pulls.next_deadline()
                 timeout = None if deadline is None else max(0.0, deadline - monotonic())
                 commands.append(self._inbox.get(timeout=timeout))
@@ -133,20 +135,23 @@ class Engine:
         except queue.Empty:
             return commands
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
+        """Admit, run and report; whether any sequence ran."""
+        self._turned_at = monotonic()
         for sequence in self._pulls.overdue(monotonic()):
             self._fail(sequence, "the pull of the KV cache did not end in time")
         for sequence in self._scheduler.admit():
             self._pulls.start(sequence)
         chunks = self._scheduler.schedule()
-        self.load, self._turned_at = self._current_load(), monotonic()
+        self.load = self._current_load()
         if chunks:
             token_ids = self._runner.run(chunks)
             self._report(self._scheduler.postprocess(chunks, token_ids, self._eos_token_ids))
-        self.load, self._turned_at = self._current_load(), monotonic()
+        self.load = self._current_load()
         if self._events:
             events, self._events = self._events, []
             self._emit(events)
+        return bool(chunks)
 
     def _report(self, advanced: list[Sequence]) -> None:
         updates: list[TokenUpdate] = []
@@ -199,6 +204,8 @@ class Engine:
     def _add(self, sequence: Sequence) -> None:
         older = self._scheduler.find(sequence.request_id)
         if older is not None and older.attempt >= sequence.attempt:
+            if older.attempt > sequence.attempt:  # else it is a duplicate, and its lease is in use
+                self._drop_lease(sequence)
             return
         if older is not None:
             self._remove(older)

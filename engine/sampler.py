@@ -14,6 +14,8 @@ from torch import Tensor
 from pdengine.engine.sequence import Sequence
 from pdengine.transport.messages import SamplingParams
 
+TINY = float(np.finfo(np.float32).tiny)  # the smallest normal number
+
 
 def sample(logits: Tensor, sequences: Sequence_[Sequence]) -> list[int]:
     """The next token of each sequence. logits: [sequences, vocabulary], float32."""
@@ -28,7 +30,9 @@ def sample(logits: Tensor, sequences: Sequence_[Sequence]) -> list[int]:
 def sample_one(logits: Tensor, sampling: SamplingParams, position: int) -> int:
     """One draw for the token at `position`. logits: [vocabulary], float32."""
     assert sampling.seed is not None, "the router draws a seed at admission"
-    scaled = keep_likeliest(logits / sampling.temperature, sampling.top_k, sampling.top_p)
+    # The largest is 0 before the division, so that no temperature, however small, makes two of them infinite.
+    scaled = (logits - logits.max()) / max(sampling.temperature, TINY)
+    scaled = keep_likeliest(scaled, sampling.top_k, sampling.top_p)
     noise = gumbel_noise(sampling.seed, position, logits.shape[0]).to(logits.device)
     return int((scaled + noise).argmax())
 
@@ -54,5 +58,4 @@ def gumbel_noise(seed: int, position: int, size: int) -> Tensor:
     """[size] float32 Gumbel noise, a function of seed (64 bits) and position alone."""
     generator = np.random.Generator(np.random.Philox(key=seed % 2**64, counter=[0, 0, 0, position]))
     uniform = generator.random(size, dtype=np.float32)
-    tiny = np.finfo(np.float32).tiny
-    return torch.from_numpy(-np.log(-np.log(np.maximum(uniform, tiny))))
+    return torch.from_numpy(-np.log(-np.log(np.maximum(uniform, np.float32(TINY)))))

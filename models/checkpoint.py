@@ -9,7 +9,6 @@ from typing import Any
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-LARGEST_INTEGER = 2**31 - 1
 
 
 class CheckpointError(ValueError):
@@ -28,12 +27,13 @@ class JsonFields:
     values: Mapping[str, Any]
     prefix: str = ""  # "rope_scaling." for the fields of a nested object
 
-    def integer(self, name: str, default: int | None = None, *, minimum: int = 1) -> int:
+    def integer(self, name: str, default: int | None = None, *, maximum: int) -> int:
+        """From 1 to `maximum`."""
         value = self.values.get(name)
         if value is None and default is not None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= LARGEST_INTEGER:
-            raise self.error(name, f"must be an integer from {minimum} to {LARGEST_INTEGER}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= maximum:
+            raise self.error(name, f"must be an integer from 1 to {maximum}")
         return value
 
     def positive_number(self, name: str, default: float | None = None) -> float:

@@ -12,6 +12,9 @@ from pdengine.models.checkpoint import CheckpointError, JsonFields, read_json
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 SUPPORTED_DTYPES = ("float32", "bfloat16", "float16")
+# Far beyond every model; they keep a damaged file from asking for shapes that overflow.
+LARGEST_COUNT = 2**14  # of layers, heads, dimensions of a head
+LARGEST_SIZE = 2**24  # of everything else
 QWEN3_DEFAULT_HEAD_DIM = 128  # Qwen3's configuration class does not derive it from hidden_size
 
 
@@ -67,24 +70,24 @@ def load_config(directory: Path) -> ModelConfig:
     is_llama = architecture == "LlamaForCausalLM"
     is_qwen2 = architecture == "Qwen2ForCausalLM"
 
-    num_heads = fields.integer("num_attention_heads")
-    num_kv_heads = fields.integer("num_key_value_heads", default=num_heads)
+    num_heads = fields.integer("num_attention_heads", maximum=LARGEST_COUNT)
+    num_kv_heads = fields.integer("num_key_value_heads", default=num_heads, maximum=LARGEST_COUNT)
     if num_heads % num_kv_heads != 0:
         raise fields.error("num_key_value_heads", f"must divide num_attention_heads ({num_heads})")
-    hidden_size = fields.integer("hidden_size")
-    vocab_size = fields.integer("vocab_size")
-    max_position_embeddings = fields.integer("max_position_embeddings")
+    hidden_size = fields.integer("hidden_size", maximum=LARGEST_SIZE)
+    vocab_size = fields.integer("vocab_size", maximum=LARGEST_SIZE)
+    max_position_embeddings = fields.integer("max_position_embeddings", maximum=LARGEST_SIZE)
     # Qwen2 has no such option: its q, k and v projections always have a bias, its output projection never.
     attention_bias = not is_qwen2 and fields.boolean("attention_bias", default=False)
     return ModelConfig(
         architecture=architecture,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        num_layers=fields.integer("num_hidden_layers"),
+        num_layers=fields.integer("num_hidden_layers", maximum=LARGEST_COUNT),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=_head_dim(fields, architecture, hidden_size, num_heads),
-        intermediate_size=fields.integer("intermediate_size"),
+        intermediate_size=fields.integer("intermediate_size", maximum=LARGEST_SIZE),
         rms_norm_eps=fields.positive_number("rms_norm_eps"),
         rope=_rope(fields),
         max_position_embeddings=max_position_embeddings,
@@ -124,7 +127,7 @@ def _refuse_unsupported(fields: JsonFields) -> None:
 
 def _head_dim(fields: JsonFields, architecture: str, hidden_size: int, num_heads: int) -> int:
     if fields.values.get("head_dim") is not None:
-        head_dim = fields.integer("head_dim")
+        head_dim = fields.integer("head_dim", maximum=LARGEST_COUNT)
     elif architecture == "Qwen3ForCausalLM":
         head_dim = QWEN3_DEFAULT_HEAD_DIM
     elif hidden_size % num_heads == 0:
@@ -161,13 +164,14 @@ def _rope(fields: JsonFields) -> RopeConfig:
     high_freq_factor = rope.positive_number("high_freq_factor")
     if high_freq_factor <= low_freq_factor:
         raise rope.error("high_freq_factor", f"must be greater than low_freq_factor ({low_freq_factor})")
+    original_length = rope.integer("original_max_position_embeddings", maximum=LARGEST_SIZE)
     return RopeConfig(
         theta=theta,
         kind="llama3",
         factor=rope.positive_number("factor"),
         low_freq_factor=low_freq_factor,
         high_freq_factor=high_freq_factor,
-        original_max_position_embeddings=rope.integer("original_max_position_embeddings"),
+        original_max_position_embeddings=original_length,
     )
 
 

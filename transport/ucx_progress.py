@@ -135,8 +135,8 @@ def progress_until_news(functions, worker, descriptors, clock, control, endpoint
             continue
         num_idle_passes += 1
         if num_idle_passes < IDLE_PASSES:
-            # The peer may share this CPU: let it do more before we wait, so that a wake-up brings many segments
-            # of an emulated read and not one. sched_yield takes no argument and ignores ours.
+            # The peer may share this CPU: let it do more before we wait, so that a wake-up brings many
+            # segments of an emulated read and not one. sched_yield takes no argument and ignores ours.
             _call(sched_yield, (0,))
             continue
         status = _status(_call(arm, (worker,)))

@@ -73,6 +73,15 @@ def test_a_leading_space_survives_after_a_prompt_only():
     assert "".join(stream(tokenizer, ids, prompt_ids=tokenizer.encode("a"))) == " the cat"
 
 
+def test_bytes_after_a_prompt_that_ends_in_bytes():
+    tokenizer = TOKENIZERS["metaspace"]
+    prompt_ids = tokenizer.encode("the 👋")
+    ids = tokenizer.encode("🏽 cat")[2:]  # without BOS and the space
+    whole = tokenizer.decode(prompt_ids + ids)
+    assert whole == "the 👋🏽 cat"
+    assert tokenizer.decode(prompt_ids) + "".join(stream(tokenizer, ids, prompt_ids=prompt_ids)) == whole
+
+
 @pytest.mark.parametrize(("kind", "expected"), [("byte-level", ["", "", "", "👋"]), ("metaspace", [""] * 4)])
 def test_bytes_of_a_character_come_together(kind, expected):
     """Byte fallback waits longer, because a later wrong byte would spoil the whole run."""

@@ -1,6 +1,8 @@
 """Tokenizer and chat templates, against transformers where it has an answer."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import transformers
@@ -24,7 +26,7 @@ TEMPLATES = {
     "loop controls": "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m }}{% endfor %}",
     "tojson": "{{ messages | tojson }}{{ messages[0] | tojson(indent=2, sort_keys=true) }}",
     "methods": "{{ messages[0]['content'].strip().upper() }}{{ messages[1].content.split('the')[-1] }}",
-    "namespace": "{% set a = namespace(n=0) %}{% for m in messages %}{% set a.n = a.n + 1 %}{% endfor %}{{ a.n }}",
+    "namespace": "{% set a = namespace(n=0) %}{% for m in messages %}{% set a.n = 5 %}{% endfor %}{{ a.n }}",
     "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
     "special tokens": "{{ bos_token }}{{ eos_token }}{{ pad_token }}|",
     "prompt": "{% if add_generation_prompt %}<|assistant|>{% endif %}",
@@ -189,6 +191,12 @@ def test_bad_tokenizer_configs(directory, config, sentence):
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=rf"tokenizer_config\.json: {sentence}"):
         Tokenizer.load(directory)
+
+
+def test_the_router_needs_no_torch():
+    modules = "pdengine.models.config, pdengine.models.tokenizer, pdengine.models.fingerprint"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
 
 def test_missing_and_broken_tokenizers(directory):

@@ -1,0 +1,35 @@
+# One virtual environment for everything. Override: make run PYTHON=python3.12 UCX=cu13
+VENV ?= .venv
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+UCX ?= cu12
+PACKAGES = cli router client engine models triton_kernels transport bench
+BIN = $(VENV)/bin
+
+.PHONY: run test lint clean
+
+run: $(VENV)/installed-run
+	$(BIN)/pdengine demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p $(VENV)/typing && ln -sfn "$(CURDIR)" $(VENV)/typing/pdengine
+	MYPYPATH=$(VENV)/typing $(BIN)/mypy $(PACKAGES:%=-p pdengine.%)
+
+# torch goes first and by its exact version: a range would take the newest build, which may be gigabytes larger.
+$(VENV)/installed-run: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install "$(TORCH)"
+	$(BIN)/pip install -e ".[$(UCX)]"
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed-run
+	$(BIN)/pip install -e ".[$(UCX),test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

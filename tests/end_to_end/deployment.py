@@ -1,0 +1,155 @@
+"""Real processes, started as a person would in several shells."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from threading import Event
+from time import monotonic
+from typing import TypeVar
+
+from pdengine.client import Client, RouterUnavailable
+from pdengine.transport.messages import Status
+
+DEADLINE_SECONDS = 90.0
+POLL_SECONDS = 0.05
+T = TypeVar("T")
+LISTENING = re.compile(r"listening for clients on (\S+), for workers on (\S+)")
+
+
+class Deployment:
+    """A router and workers of one model. `with Deployment(...)` kills whatever is left at the end."""
+
+    def __init__(self, model: Path, logs: Path) -> None:
+        self.model = model
+        self.logs = logs
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._log_paths: dict[subprocess.Popen[bytes], Path] = {}
+        self.client_address = ""
+        self.worker_address = ""
+
+    def __enter__(self) -> "Deployment":
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.wait()
+        if error is not None:
+            for log in sorted(self.logs.glob("*.log")):
+                print(f"--- {log.name}\n{log.read_text()}")
+
+    def start_router(self, client_address: str = "", worker_address: str = "") -> subprocess.Popen[bytes]:
+        clients = ["--client-address", client_address or "tcp://127.0.0.1:0"]
+        workers = ["--worker-address", worker_address or "tcp://127.0.0.1:0"]
+        router = self._spawn("router", ["router", "--model", str(self.model), *clients, *workers])
+        match = wait_for(lambda: LISTENING.search(self.log_of(router)), process=router)
+        self.client_address, self.worker_address = match.groups()
+        return router
+
+    def start_worker(
+        self,
+        role: str,
+        *options: str,
+        model: Path | None = None,
+        module: str = "pdengine.cli",
+        environment: dict[str, str] | None = None,
+    ) -> subprocess.Popen[bytes]:
+        arguments = [role, "--model", str(model or self.model), "--router", self.worker_address]
+        sizes = [] if "--kv-memory" in options else ["--kv-memory", "64MiB"]
+        return self._spawn(role, [*arguments, *sizes, *options], module, environment)
+
+    def wait_status(self, condition: Callable[[Status], object]) -> Status:
+        """The first status for which `condition` holds."""
+
+        def look() -> Status | None:
+            with contextlib.suppress(RouterUnavailable):
+                status = client.status()
+                return status if condition(status) else None
+            return None
+
+        with Client(self.client_address) as client:
+            return wait_for(look)
+
+    def wait_workers(self, *roles: str) -> Status:
+        """Wait until exactly these workers have joined, and decode workers can pull from prefill workers."""
+
+        def complete(status: Status) -> bool:
+            prefills = {worker.engine_id for worker in status.workers if worker.role == "prefill"}
+            linked = all(prefills <= set(w.links) for w in status.workers if w.role == "decode")
+            return linked and sorted(worker.role for worker in status.workers) == sorted(roles)
+
+        return self.wait_status(complete)
+
+    def wait_baseline(self) -> None:
+        """Wait until no worker holds a block and the router has no request."""
+        self.wait_status(
+            lambda status: (
+                status.requests == 0
+                and all(
+                    (w.load.free_blocks, w.load.pinned_blocks, w.load.running, w.load.waiting)
+                    == (w.load.num_blocks, 0, 0, 0)
+                    for w in status.workers
+                )
+            )
+        )
+
+    def stop(self, process: subprocess.Popen[bytes], number: int = signal.SIGTERM) -> int:
+        """Signal a process and wait for its end; its exit status."""
+        process.send_signal(number)
+        status = process.wait(DEADLINE_SECONDS)
+        self.processes.remove(process)
+        return status
+
+    def log_of(self, process: subprocess.Popen[bytes]) -> str:
+        return self._log_paths[process].read_text()
+
+    def _spawn(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        module: str = "pdengine.cli",
+        environment: dict[str, str] | None = None,
+    ) -> subprocess.Popen[bytes]:
+        log = self.logs / f"{len(self._log_paths) + 1}-{name}.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-u", "-m", module, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+            )
+        self.processes.append(process)
+        self._log_paths[process] = log
+        return process
+
+
+def wait_for(look: Callable[[], T | None], process: subprocess.Popen[bytes] | None = None) -> T:
+    """The first result of `look` that is not None; fails after DEADLINE_SECONDS or when `process` ends."""
+    deadline = monotonic() + DEADLINE_SECONDS
+    pause = Event()
+    while monotonic() < deadline:
+        found = look()
+        if found is not None:
+            return found
+        assert process is None or process.poll() is None, "the process has ended"
+        pause.wait(POLL_SECONDS)
+    raise AssertionError(f"it did not happen within {DEADLINE_SECONDS:g} s")
+
+
+@contextlib.contextmanager
+def disaggregated(model: Path, logs: Path, *options: str) -> Iterator[Deployment]:
+    """A router, a prefill and a decode worker; the pools are back at their baseline at the end."""
+    with Deployment(model, logs) as deployment:
+        deployment.start_router()
+        deployment.start_worker("prefill", *options)
+        deployment.start_worker("decode", *options)
+        deployment.wait_workers("prefill", "decode")
+        yield deployment
+        deployment.wait_baseline()

@@ -1,11 +1,13 @@
 """The asyncio client: one DEALER socket, any number of requests at once."""
 
 import asyncio
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from time import monotonic
 from types import TracebackType
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
+import msgspec
 import zmq.asyncio
 
 from pdengine.client.results import (
@@ -13,6 +15,7 @@ from pdengine.client.results import (
     Completion,
     Delta,
     Failed,
+    GenerateError,
     PromptLike,
     Rejected,
     RouterUnavailable,
@@ -41,7 +44,7 @@ CONNECT_SECONDS = 10.0
 STATUS_SECONDS = 10.0
 GRACE_SECONDS = 5.0  # beyond a request's own timeout, for the router's answer to arrive
 
-Reply: TypeAlias = RouterToClient | RouterUnavailable
+Reply: TypeAlias = RouterToClient | GenerateError
 
 
 class AsyncClient:
@@ -59,6 +62,7 @@ class AsyncClient:
         self._context = zmq.asyncio.Context()
         self._socket = PeerSocket[RouterToClient](self._context, address, RouterToClient)
         self._connected = asyncio.Event()
+        self._closed = False
         self._replies: dict[int, asyncio.Queue[Reply]] = {}
         self._last_tag = 0
         self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch_connection())]
@@ -72,9 +76,13 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Cancel what is in flight and disconnect."""
-        for tag in list(self._replies):
+        """Cancel what is in flight and disconnect; idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        for tag in self._replies:
             self.cancel(tag)
+        self._tell_all(Cancelled("the client was closed"))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -96,7 +104,8 @@ class AsyncClient:
     ) -> Completion:
         """The whole answer to `prompt`. The arguments are those of SamplingParams; timeout is in seconds.
 
-        Raises Rejected, Failed, TimedOut, Cancelled or RouterUnavailable.
+        Raises Rejected, Failed, TimedOut, Cancelled or RouterUnavailable; TypeError or ValueError for
+        arguments that no router could understand.
         """
         stream = self.stream(
             prompt,
@@ -140,11 +149,12 @@ class AsyncClient:
             stop_token_ids=tuple(stop_token_ids),
             ignore_eos=ignore_eos,
         )
+        check_types(sampling, timeout)
         return AsyncStream(self, to_prompt(prompt), sampling, timeout)
 
     async def status(self) -> Status:
         """The workers that have joined the router, and their load. Raises RouterUnavailable."""
-        await self.wait_connected(self._connect_timeout)
+        await self.wait_connected()
         tag, replies = self.open()
         try:
             self.send(GetStatus(tag))
@@ -153,7 +163,7 @@ class AsyncClient:
             raise RouterUnavailable(f"no answer from the router at {self.address}") from None
         finally:
             self.forget(tag)
-        if isinstance(reply, RouterUnavailable):
+        if isinstance(reply, GenerateError):
             raise reply
         assert isinstance(reply, Status)
         return reply
@@ -180,10 +190,15 @@ class AsyncClient:
             self._socket.send(message)
         except SendFailed as error:
             raise RouterUnavailable(f"the router at {self.address} does not read: {error}") from error
+        except OverflowError as error:
+            raise ValueError(f"a number does not fit in 64 bits: {error}") from error
 
-    async def wait_connected(self, seconds: float) -> None:
+    async def wait_connected(self) -> None:
+        """Raises RouterUnavailable after `connect_timeout` seconds, RuntimeError if the client is closed."""
+        if self._closed:
+            raise RuntimeError("the client is closed")
         try:
-            await asyncio.wait_for(self._connected.wait(), seconds)
+            await asyncio.wait_for(self._connected.wait(), self._connect_timeout)
         except TimeoutError:
             raise RouterUnavailable(f"no router answers at {self.address}") from None
 
@@ -203,7 +218,7 @@ class AsyncClient:
                 self._connected.clear()
                 self._tell_all(RouterUnavailable(f"the connection to the router at {self.address} was lost"))
 
-    def _tell_all(self, error: RouterUnavailable) -> None:
+    def _tell_all(self, error: GenerateError) -> None:
         for replies in self._replies.values():
             replies.put_nowait(error)
 
@@ -269,6 +284,7 @@ class AsyncStream:
             self._client.cancel(self._tag)
         self._client.forget(self._tag)
         self._tag = None
+        self._replies.put_nowait(Cancelled("the stream was closed"))  # somebody may be waiting for more
 
     async def __aenter__(self) -> "AsyncStream":
         return self
@@ -279,9 +295,11 @@ class AsyncStream:
         await self.aclose()
 
     async def _start(self) -> None:
-        await self._client.wait_connected(self._client._connect_timeout)
+        await self._client.wait_connected()
+        if self._closed:
+            raise Cancelled("the stream was closed")
         self._tag, self._replies = self._client.open()
-        if self._timeout is not None:
+        if self._timeout is not None and math.isfinite(self._timeout):
             self._give_up_at = monotonic() + self._timeout + GRACE_SECONDS
         self._client.send(Generate(self._tag, self._prompt, self._sampling, self._timeout))
 
@@ -308,7 +326,7 @@ class AsyncStream:
                     raise TimedOut(f"the request did not finish within {self._timeout:g} s")
                 case messages.Aborted():
                     raise Cancelled("the request was cancelled")
-                case RouterUnavailable():
+                case GenerateError():
                     raise reply
                 case Accepted():
                     continue
@@ -317,12 +335,28 @@ class AsyncStream:
 
 def to_prompt(prompt: PromptLike) -> Prompt:
     """Text, token ids or chat messages as they travel. Raises TypeError for anything else."""
-    if isinstance(prompt, str):
-        return TextPrompt(prompt)
-    items = list(prompt)
-    if all(isinstance(item, Mapping) for item in items) and items:
-        turns = cast(Sequence[Mapping[str, str]], items)
-        return ChatPrompt([ChatMessage(turn["role"], turn["content"]) for turn in turns])
-    if all(isinstance(item, int) and not isinstance(item, bool) for item in items):
-        return TokenPrompt(cast(list[int], items))
+    match prompt:
+        case str():
+            return TextPrompt(prompt)
+        case [Mapping(), *_]:
+            return ChatPrompt([to_chat_message(turn) for turn in prompt])
+        case [*token_ids] if all(type(token_id) is int for token_id in token_ids):
+            return TokenPrompt(token_ids)
     raise TypeError("prompt must be a string, a list of token ids or a list of chat messages")
+
+
+def to_chat_message(turn: object) -> ChatMessage:
+    """Raises TypeError unless `turn` has a role and a content, and both are strings."""
+    match turn:
+        case {"role": str(role), "content": str(content)}:
+            return ChatMessage(role, content)
+    raise TypeError("a chat message must have a role and a content, both strings")
+
+
+def check_types(sampling: SamplingParams, timeout: float | None) -> None:
+    """Raise TypeError for an argument of the wrong type: the router would not even know whose it was."""
+    try:
+        msgspec.convert(msgspec.structs.asdict(sampling), SamplingParams)
+        msgspec.convert({"timeout": timeout}, dict[str, float | None])
+    except msgspec.ValidationError as error:
+        raise TypeError(f"wrong type of argument: {error}") from None

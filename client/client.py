@@ -1,13 +1,14 @@
 """The blocking client: the asyncio client on a thread of its own."""
 
 import asyncio
+import concurrent.futures
 import threading
 from collections.abc import Coroutine, Iterable
 from types import TracebackType
 from typing import Any, TypeVar
 
 from pdengine.client.async_client import CONNECT_SECONDS, AsyncClient, AsyncStream
-from pdengine.client.results import Completion, Delta, PromptLike
+from pdengine.client.results import Cancelled, Completion, Delta, PromptLike
 from pdengine.transport.messages import Status
 
 T = TypeVar("T")
@@ -23,9 +24,11 @@ class Client:
         self._thread = threading.Thread(target=self._loop.run_forever, name="pdengine-client", daemon=True)
         self._thread.start()
         self._closed = False
+        self._lock = threading.Lock()  # once `_closed` is set, the loop gets no more coroutines
         try:
             self._client = self.wait(self._make_client(address, connect_timeout))
         except BaseException:
+            self._closed = True
             self._stop_loop()
             raise
 
@@ -39,9 +42,18 @@ class Client:
 
     def close(self) -> None:
         """Cancel what is in flight and disconnect; idempotent."""
-        if not self._closed:
-            self.wait(self._client.close())
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        try:
+            asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop).result()
+        finally:
             self._stop_loop()
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
 
     def generate(
         self,
@@ -107,12 +119,15 @@ class Client:
 
     def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the client's thread; if this thread is interrupted, it is cancelled there."""
-        if self._closed:
-            coroutine.close()
-            raise RuntimeError("the client is closed")
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        with self._lock:
+            if self._closed:
+                coroutine.close()
+                raise RuntimeError("the client is closed")
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
+        except concurrent.futures.CancelledError:
+            raise Cancelled("the client was closed") from None
         except BaseException:
             future.cancel()
             raise
@@ -121,8 +136,15 @@ class Client:
     async def _make_client(address: str, connect_timeout: float) -> AsyncClient:
         return AsyncClient(address, connect_timeout=connect_timeout)
 
+    async def _shut_down(self) -> None:
+        """Close the client, and end whatever other threads still wait for."""
+        await self._client.close()
+        waiting = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
     def _stop_loop(self) -> None:
-        self._closed = True
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -151,7 +173,8 @@ class Stream:
 
     def close(self) -> None:
         """End the request if it has not ended; idempotent."""
-        self._client.wait(self._stream.aclose())
+        if not self._client.closed:
+            self._client.wait(self._stream.aclose())
 
     def __enter__(self) -> "Stream":
         return self

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 
-from pdengine.models.chat_template import ChatTemplateError
 from pdengine.models.tokenizer import Tokenizer
 from pdengine.router.registry import Registry
 from pdengine.transport.messages import ChatPrompt, Prompt, SamplingParams, TextPrompt, TokenPrompt
@@ -56,19 +55,11 @@ def tokenize(prompt: Prompt, tokenizer: Tokenizer, vocab_size: int) -> list[int]
 
     Raises InvalidRequest.
     """
-    try:
-        match prompt:
-            case TextPrompt(text):
-                _check_length(len(text))
-                token_ids = tokenizer.encode(text) if text else []
-            case ChatPrompt(messages):
-                _check_length(sum(len(message.content) for message in messages))
-                turns = [{"role": message.role, "content": message.content} for message in messages]
-                token_ids = tokenizer.encode_chat(turns) if turns else []
-            case TokenPrompt(token_ids):
-                check_token_ids("prompt", token_ids, vocab_size)
-    except (ChatTemplateError, UnicodeError) as error:
-        raise InvalidRequest("prompt", str(error)) from error
+    match prompt:
+        case TokenPrompt(token_ids):
+            check_token_ids("prompt", token_ids, vocab_size)
+        case TextPrompt() | ChatPrompt():
+            token_ids = _encode(prompt, tokenizer)
     if not token_ids:
         raise InvalidRequest("prompt", "prompt is empty, it must have at least one token")
     return token_ids
@@ -101,6 +92,22 @@ def check_fits(num_prompt_tokens: int, max_tokens: int, registry: Registry) -> N
             f"prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}, together {total}, "
             f"the largest KV cache holds {registry.max_answer_tokens}",
         )
+
+
+def _encode(prompt: TextPrompt | ChatPrompt, tokenizer: Tokenizer) -> list[int]:
+    try:
+        match prompt:
+            case TextPrompt(text):
+                _check_length(len(text))
+                return tokenizer.encode(text) if text else []
+            case ChatPrompt(messages):
+                _check_length(sum(len(message.role) + len(message.content) for message in messages))
+                turns = [{"role": message.role, "content": message.content} for message in messages]
+                return tokenizer.encode_chat(turns) if turns else []
+    except InvalidRequest:
+        raise
+    except ValueError as error:  # not valid Unicode, no chat template, or one that fails
+        raise InvalidRequest("prompt", str(error)) from error
 
 
 def _check_length(num_characters: int) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from pdengine.transport.messages import (
+    PROTOCOL_VERSION,
     Compatibility,
     Hello,
     Load,
@@ -70,6 +71,8 @@ class Registry:
     def refusal(self, hello: Hello) -> Refused | None:
         """Why this worker cannot join: the first field that differs from the router's or the workers'."""
         theirs = hello.compatibility
+        if theirs.protocol != PROTOCOL_VERSION:
+            return Refused("protocol", str(PROTOCOL_VERSION), str(theirs.protocol))
         if theirs.model != self._model:
             return Refused("model", self._model, theirs.model)
         for other in self._workers.values():
@@ -102,12 +105,11 @@ class Registry:
 
         Where one side of a disaggregated cluster is missing, the other side runs whole requests.
         """
-        workers = self._able(num_tokens)
-        complete = self.is_disaggregated
-        candidates = [w for w in workers if w.role == "unified" or (complete and w.role == "prefill")]
-        if not candidates:
-            candidates = workers
-        candidates = [w for w in candidates if self.splits(w) or w.capacity >= num_tokens + max_tokens - 1]
+        num_cached = num_tokens + max_tokens - 1  # at the end: the last token is never cached
+        can_decode = self.pick_decode(num_cached) is not None
+        for_prompt = [w for w in self._able(num_tokens) if can_decode and self.splits(w)]
+        for_all = [w for w in self._able(num_cached) if not self.splits(w)]
+        candidates = for_prompt + [w for w in for_all if w.role == "unified"] or for_all
         return min(candidates, key=lambda w: (w.assigned_tokens, len(w.assigned)), default=None)
 
     def pick_decode(self, num_tokens: int) -> WorkerEntry | None:

@@ -158,10 +158,12 @@ class Router:
     async def _admit(self, request: Request, message: Generate) -> None:
         """Tokenize off the event loop, then place the request."""
         try:
-            request.prompt_ids = await asyncio.get_running_loop().run_in_executor(
-                self._threads, tokenize, message.prompt, self._tokenizer, self._vocab_size
-            )
-            request.task = None
+            try:
+                request.prompt_ids = await asyncio.get_running_loop().run_in_executor(
+                    self._threads, tokenize, message.prompt, self._tokenizer, self._vocab_size
+                )
+            finally:
+                request.task = None
             check_fits(len(request.prompt_ids), request.sampling.max_tokens, self._registry)
         except InvalidRequest as error:
             self._end(request, Rejected(request.tag, str(error), error.field))
@@ -228,6 +230,8 @@ class Router:
 
     def _retry(self, request: Request, reason: str) -> None:
         """Give the request, with the tokens written so far, to another worker, or fail it."""
+        if request not in self._ledger:
+            return  # its client went away while the requests before it were given to others
         self._withdraw(request)
         if request.attempt >= self._config.max_attempts:
             self._end(request, Failed(request.tag, f"after {request.attempt} attempts: {reason}"))
@@ -353,8 +357,12 @@ class Router:
             return
         request.lease, request.lease_accepted = message.lease, False
         self._deliver(request, message.token_id, message.finish_reason)
-        if request in self._ledger:
-            self._place_decode(request)
+        if request not in self._ledger:
+            return
+        if request.lease is None:
+            self._retry(request, "the prefill worker gave no lease on its KV cache")
+            return
+        self._place_decode(request)
 
     def _deliver(self, request: Request, token_id: int, finish_reason: FinishReason | None) -> None:
         """Stream one token; the one that stops an answer is counted, but is no part of its text."""
@@ -410,6 +418,8 @@ class Router:
 
     def _end(self, request: Request, outcome: Outcome) -> None:
         """The one outcome of a request."""
+        if request not in self._ledger:
+            return  # its client went away while the requests before it ended
         self._forget(request, finished=isinstance(outcome, Finished))
         self._send_to_client(request.client, outcome)
 
@@ -422,6 +432,7 @@ class Router:
             request.task.cancel()
         if finished:
             self._unassign(request)
+            self._release_lease(request)
         else:
             self._withdraw(request)
 
@@ -431,8 +442,12 @@ class Router:
         if worker is not None:
             self._send_to_worker(worker, Abort(request.request_id))
         self._unassign(request)
-        if request.lease is not None:
-            holder = self._registry.get(request.lease.engine_id)
-            if holder is not None:
-                self._send_to_worker(holder, ReleaseLeases([request.lease.lease_id]))
-            request.lease = None
+        self._release_lease(request)
+
+    def _release_lease(self, request: Request) -> None:
+        if request.lease is None:
+            return
+        holder = self._registry.get(request.lease.engine_id)
+        if holder is not None:
+            self._send_to_worker(holder, ReleaseLeases([request.lease.lease_id]))
+        request.lease = None

@@ -14,7 +14,7 @@ durations: no clock reading ever crosses the wire.
     prefill -> decode   LeasesRenewed
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -24,6 +24,7 @@ PROTOCOL_VERSION = 1
 
 Role = Literal["prefill", "decode", "unified"]
 FinishReason = Literal["stop", "length"]
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]  # as workers send it; any tokenizer takes it
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
@@ -299,7 +300,7 @@ class Prefilled(Message, frozen=True):
     request_id: str
     attempt: int
     position: int
-    token_id: int
+    token_id: TokenId
     finish_reason: FinishReason | None
     lease: KVLease | None
 
@@ -323,7 +324,7 @@ class TokenUpdate(msgspec.Struct, frozen=True, array_like=True):
     request_id: str
     attempt: int
     position: int
-    token_id: int
+    token_id: TokenId
     finish_reason: FinishReason | None
 
 

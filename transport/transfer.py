@@ -97,7 +97,10 @@ class Transfer(Protocol):
         ...
 
     def disconnect(self, engine_id: str) -> None:
-        """Close the connection by force: pulls in flight on it fail at once. Idempotent, does not wait."""
+        """Close the connection by force: pulls in flight on it fail at once. Idempotent, does not wait.
+
+        The peer is not told. If it reads from us, too, its reads may stall until it connects again.
+        """
         ...
 
     def close(self) -> None:

@@ -21,7 +21,7 @@ from numba.extending import intrinsic, register_jitable
 
 from pdengine.transport.ucx_library import UcxLibrary
 
-WINDOW = 64  # reads in flight per endpoint
+WINDOW = 32  # reads in flight per endpoint; UCX before 1.16 cannot cancel what overflows its queue of 64
 IDLE_PASSES = 4  # without any event, each ended by a yield, before it sleeps
 PROGRESS_CALLS = 4  # per pass, while UCX reports that it did something
 LONGEST_SLEEP_MS = 5000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import resource
 from math import prod
 
 import pytest
@@ -118,7 +119,7 @@ def test_memory_that_no_sequence_used_is_not_resident() -> None:
 
 def resident_bytes() -> int:
     with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * 4096
+        return int(statm.read().split()[1]) * resource.getpagesize()
 
 
 def test_the_bytes_of_a_block() -> None:

@@ -24,7 +24,8 @@ def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _quiet_transformers() -> None:
+def _quiet_and_single_threaded() -> None:
+    torch.set_num_threads(1)  # more only wait for each other on matrices as small as these
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 

@@ -1,0 +1,260 @@
+"""An engine on its thread, as its worker sees it, and a model that shows what the KV cache really held."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Sequence as Sequence_
+from time import monotonic
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from sequences import make_sequence
+
+from pdengine.engine.block_pool import BlockPool
+from pdengine.engine.engine import AbortAll, AbortRequest, AddSequence, Engine, Event, LeaseUnneeded, Stop
+from pdengine.engine.leases import BorrowedLease
+from pdengine.engine.pulls import Pulls
+from pdengine.engine.runner import Runner
+from pdengine.engine.scheduler import Chunk, Scheduler, SchedulerConfig
+from pdengine.engine.sequence import Mode
+from pdengine.transport.memory_transfer import Fabric, MemoryTransfer
+from pdengine.transport.messages import KVLease, Prefilled, StepTokens
+from pdengine.transport.regions import RegionDescriptor, describe_region
+from pdengine.transport.transfer import PeerConnected
+
+DEADLINE_SECONDS = 20.0
+LEASE_SECONDS = 30.0
+EOS = 0
+E = TypeVar("E")
+
+
+def next_token(context: Sequence_[int]) -> int:
+    """The model: every token and its place matter, and EOS never comes."""
+    state = 17
+    for token_id in context:
+        state = (state * 31 + token_id + 1) % 9973
+    return 1 + state % 997
+
+
+def answer_to(prompt_ids: Sequence_[int], max_tokens: int) -> list[int]:
+    """What the model writes after `prompt_ids`."""
+    token_ids = list(prompt_ids)
+    for _ in range(max_tokens):
+        token_ids.append(next_token(token_ids))
+    return token_ids[len(prompt_ids) :]
+
+
+class TokenRunner(Runner):
+    """Its keys and values are the tokens, and it computes the next token from what the pool holds.
+
+    So a block that was not pulled, or pulled from the wrong place, changes the answer. After `hold` the
+    engine thread stays inside the next step until `release`.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.pool: npt.NDArray[np.int64] = np.full((num_blocks, block_size), -1, np.int64)
+        self._may_run = threading.Event()
+        self._may_run.set()
+        self._is_held = threading.Event()
+
+    def describe(self) -> RegionDescriptor:
+        return describe_region(
+            ("block", "token"),
+            self.pool.shape,
+            item_size=8,
+            dtype="int64",
+            base_address=self.pool.ctypes.data,
+        )
+
+    def hold(self) -> None:
+        self._is_held.clear()
+        self._may_run.clear()
+
+    def wait_until_held(self) -> None:
+        assert self._is_held.wait(DEADLINE_SECONDS), "no step began"
+
+    def release(self) -> None:
+        self._may_run.set()
+
+    def run(self, chunks: Sequence_[Chunk]) -> list[int]:
+        if not self._may_run.is_set():
+            self._is_held.set()
+            assert self._may_run.wait(DEADLINE_SECONDS), "the step was never released"
+        block_size = self.pool.shape[1]
+        sampled: list[int] = []
+        for chunk in chunks:
+            sequence, end = chunk.sequence, chunk.sequence.num_computed + chunk.num_tokens
+            for position in range(sequence.num_computed, end):
+                block_id = sequence.block_ids[position // block_size]
+                self.pool[block_id, position % block_size] = sequence.token_ids[position]
+            if chunk.samples:
+                sampled.append(next_token(self.pool[sequence.block_ids].flatten()[:end].tolist()))
+        return sampled
+
+
+class EngineWorker:
+    """Drives one engine, in place of the control thread, and collects its events.
+
+    `stop` checks that nothing was left behind: the pool is at its baseline, and every borrowed lease was
+    given up exactly once.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        engine_id: str,
+        *,
+        runner: Runner,
+        region: RegionDescriptor,
+        block_size: int,
+        max_batch_tokens: int = 8,
+        max_requests: int = 8,
+        pull_seconds: float = DEADLINE_SECONDS,
+    ) -> None:
+        self.engine_id = engine_id
+        self.block_size = block_size
+        self.pool = BlockPool(region.num_blocks)
+        config = SchedulerConfig(block_size, max_batch_tokens, max_requests, region.num_blocks)
+        self.scheduler = Scheduler(config, self.pool)
+        self.transfer = MemoryTransfer(fabric, deliver=lambda event: self.engine.post(event))
+        self.region = self.transfer.register(region)
+        self.pulls = Pulls(self.transfer, self.pool, block_size=block_size, timeout=pull_seconds)
+        self.engine = Engine(
+            engine_id=engine_id,
+            scheduler=self.scheduler,
+            runner=runner,
+            pulls=self.pulls,
+            eos_token_ids=frozenset({EOS}),
+            lease_duration=LEASE_SECONDS,
+            emit=self._take_events,
+        )
+        self.borrowed: list[BorrowedLease] = []
+        self.unneeded: list[BorrowedLease] = []
+        self._events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
+        self._num_settled = 0
+        self._thread = threading.Thread(target=self._run, name=engine_id, daemon=True)
+        self._thread.start()
+
+    def connect(self, peer: EngineWorker) -> None:
+        self.transfer.connect(peer.engine_id, peer.transfer.worker_address, peer.region)
+        assert self.expect(PeerConnected).engine_id == peer.engine_id
+
+    # ------------------------------------------------------------------------------- commands
+
+    def prefill(
+        self, request_id: str, prompt_ids: Sequence_[int], *, max_tokens: int = 4, attempt: int = 1
+    ) -> None:
+        sequence = make_sequence(
+            request_id, Mode.PREFILL, prompt_ids, max_tokens=max_tokens, attempt=attempt
+        )
+        self.engine.post(AddSequence(sequence))
+
+    def whole(
+        self, request_id: str, prompt_ids: Sequence_[int], *, max_tokens: int = 4, attempt: int = 1
+    ) -> None:
+        sequence = make_sequence(request_id, Mode.WHOLE, prompt_ids, max_tokens=max_tokens, attempt=attempt)
+        self.engine.post(AddSequence(sequence))
+
+    def decode(
+        self,
+        request_id: str,
+        prompt_ids: Sequence_[int],
+        prefilled: Prefilled,
+        *,
+        max_tokens: int = 4,
+        attempt: int = 1,
+        covered_until: float | None = None,
+    ) -> BorrowedLease:
+        """Go on after `prefilled`, under its lease; by default the lease outlasts the test."""
+        assert prefilled.lease is not None
+        until = monotonic() + LEASE_SECONDS if covered_until is None else covered_until
+        borrowed = BorrowedLease(prefilled.lease, request_id, covered_until=until)
+        self.borrowed.append(borrowed)
+        sequence = make_sequence(
+            request_id,
+            Mode.DECODE,
+            prompt_ids,
+            output_ids=[prefilled.token_id],
+            max_tokens=max_tokens,
+            attempt=attempt,
+            lease=borrowed,
+        )
+        self.engine.post(AddSequence(sequence))
+        return borrowed
+
+    def abort(self, request_id: str) -> None:
+        self.engine.post(AbortRequest(request_id))
+
+    def abort_all(self) -> None:
+        self.engine.post(AbortAll())
+
+    # --------------------------------------------------------------------------------- events
+
+    def expect(self, kind: type[E]) -> E:
+        """The next event, which must be a `kind`."""
+        event = self._next_event()
+        assert isinstance(event, kind), f"expected {kind.__name__}, got {event}"
+        return event
+
+    def expect_lease(self) -> KVLease:
+        lease = self.expect(Prefilled).lease
+        assert lease is not None
+        return lease
+
+    def collect(self, num_finished: int) -> dict[str, list[int]]:
+        """Tokens by request, until so many have finished; their positions must be consecutive."""
+        token_ids: dict[str, list[int]] = {}
+        positions: dict[str, int] = {}
+        while num_finished:
+            for update in self.expect(StepTokens).updates:
+                expected = positions.get(update.request_id, update.position)
+                assert update.position == expected
+                positions[update.request_id] = expected + 1
+                token_ids.setdefault(update.request_id, []).append(update.token_id)
+                num_finished -= update.finish_reason is not None
+        return token_ids
+
+    def settle(self) -> None:
+        """Return once everything posted before was handled, a step was taken, and its events are here.
+
+        Nothing else may be emitted meanwhile.
+        """
+        self._num_settled += 1
+        marker = PeerConnected(f"settled-{self._num_settled}", "")
+        self.engine.post(marker)
+        assert self._next_event() == marker
+
+    def stop(self) -> None:
+        self.engine.post(Stop())
+        self._thread.join(DEADLINE_SECONDS)
+        assert not self._thread.is_alive()
+        while not self._events.empty():
+            event = self._events.get_nowait()
+            raise AssertionError(f"nobody expected {event}")
+        self.pool.check()
+        assert not self.scheduler.has_work
+        assert not self.scheduler.leased
+        assert len(self.pulls) == self.pulls.num_quarantined == self.scheduler.num_pinned == 0
+        assert self.pool.num_free == self.pool.num_blocks
+        assert sorted(map(id, self.unneeded)) == sorted(map(id, self.borrowed))
+
+    def _next_event(self) -> Event:
+        event = self._events.get(timeout=DEADLINE_SECONDS)
+        if isinstance(event, BaseException):
+            raise event
+        return event
+
+    def _run(self) -> None:
+        try:
+            self.engine.run()
+        except BaseException as error:
+            self._events.put(error)
+
+    def _take_events(self, events: list[Event]) -> None:
+        for event in events:
+            if isinstance(event, LeaseUnneeded):
+                self.unneeded.append(event.borrowed)
+            else:
+                self._events.put(event)

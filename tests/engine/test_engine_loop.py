@@ -1,0 +1,478 @@
+"""The engine loop, on its thread: every way in which a request can run, fail or be taken away."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+
+import pytest
+from conftest import Cluster
+from engine_worker import LEASE_SECONDS, EngineWorker, TokenRunner, answer_to
+
+from pdengine.engine.engine import FreeLease, LoseLease
+from pdengine.transport.messages import Prefilled, Pulled, StepTokens, WorkFailed
+from pdengine.transport.transfer import PeerConnected, PeerFailed
+
+PROMPT = list(range(40, 50))  # three blocks of four tokens, the last one half full
+
+
+@dataclass
+class Pair:
+    """One engine that prefills and one that pulls from it."""
+
+    prefill: EngineWorker
+    decode: EngineWorker
+    decode_runner: TokenRunner
+
+    def prefilled(self, request_id: str, prompt_ids: list[int], *, attempt: int = 1) -> Prefilled:
+        self.prefill.prefill(request_id, prompt_ids, attempt=attempt)
+        return self.prefill.expect(Prefilled)
+
+    def free(self, *prefilled: Prefilled) -> None:
+        """What the control thread does when a lease was released or has expired."""
+        for event in prefilled:
+            assert event.lease is not None
+            self.prefill.engine.post(FreeLease(event.lease.lease_id))
+
+
+StartPair = Callable[..., Pair]
+
+
+@pytest.fixture
+def start_pair(cluster: Cluster) -> StartPair:
+    def start(*, num_blocks: int = 16, max_requests: int = 8, pull_seconds: float = 20.0) -> Pair:
+        prefill, _ = cluster.start("prefill")
+        decode, runner = cluster.start(
+            "decode", num_blocks=num_blocks, max_requests=max_requests, pull_seconds=pull_seconds
+        )
+        decode.connect(prefill)
+        return Pair(prefill, decode, runner)
+
+    return start
+
+
+@pytest.fixture
+def pair(start_pair: StartPair) -> Pair:
+    return start_pair()
+
+
+def expect_failure(worker: EngineWorker, request_id: str, reason: str, attempt: int = 1) -> None:
+    failed = worker.expect(WorkFailed)
+    assert (failed.request_id, failed.attempt, failed.retry) == (request_id, attempt, True)
+    assert reason in failed.reason
+
+
+# ------------------------------------------------------------------------------------ the way through
+
+
+@pytest.mark.parametrize("num_prompt_tokens", [1, 3, 4, 5, 8, 17, 30])
+def test_a_pulled_prompt_goes_on_as_if_it_had_run_here(pair: Pair, num_prompt_tokens: int) -> None:
+    prompt_ids = list(range(100, 100 + num_prompt_tokens))
+    prefilled = pair.prefilled("request", prompt_ids)
+    pair.decode.decode("request", prompt_ids, prefilled, max_tokens=6)
+    pulled = pair.decode.expect(Pulled)
+    decoded = pair.decode.collect(1)["request"]
+    pair.decode.whole("whole", prompt_ids, max_tokens=6)
+    whole = pair.decode.collect(1)["whole"]
+
+    assert [prefilled.token_id, *decoded] == whole == answer_to(prompt_ids, 6)
+    assert pulled.stats.num_blocks == -(-num_prompt_tokens // 4)
+    assert pulled.stats.num_bytes == pulled.stats.num_blocks * 32
+    assert pulled.stats.num_gets == 1, "neighbouring blocks are one read"
+    assert pulled.stats.lanes == "memory"
+    pair.free(prefilled)
+
+
+def test_prefilled_carries_the_token_and_the_lease(pair: Pair) -> None:
+    prefilled = pair.prefilled("request", PROMPT, attempt=3)
+    lease = prefilled.lease
+    assert lease is not None
+    assert (prefilled.request_id, prefilled.attempt, prefilled.position) == ("request", 3, 0)
+    assert prefilled.token_id == answer_to(PROMPT, 1)[0]
+    assert prefilled.finish_reason is None
+    assert (lease.engine_id, lease.num_tokens, lease.duration) == ("prefill", 10, LEASE_SECONDS)
+    assert len(lease.block_ids) == 3
+    pair.prefill.settle()
+    assert pair.prefill.engine.load.pinned_blocks == 3
+    assert pair.prefill.engine.load.free_blocks == 13
+    pair.free(prefilled)
+
+
+def test_an_answer_of_one_token_needs_no_lease(pair: Pair) -> None:
+    pair.prefill.prefill("request", PROMPT, max_tokens=1)
+    prefilled = pair.prefill.expect(Prefilled)
+    assert (prefilled.finish_reason, prefilled.lease) == ("length", None)
+
+
+def test_a_batch_pulled_into_scattered_blocks(pair: Pair) -> None:
+    prompts = {f"request-{n}": list(range(200 * n + 1, 200 * n + 4 + 3 * n)) for n in range(5)}
+    leases = {name: pair.prefilled(name, prompt_ids) for name, prompt_ids in prompts.items()}
+    # Every second block is taken here, so that no two blocks of a pull are neighbours.
+    taken = pair.decode.pool.allocate(16)
+    assert taken is not None
+    pair.decode.pool.free(taken[1::2])
+    pair.free(*(leases.pop(name) for name in ("request-0", "request-4")))
+    for name, prefilled in leases.items():
+        pair.decode.decode(name, prompts[name], prefilled, max_tokens=3)
+    first = pair.decode.expect(Pulled)
+    assert first.stats.num_gets == first.stats.num_blocks == 2
+    tokens: dict[str, list[int]] = {name: [] for name in leases}
+    num_finished = 0
+    while num_finished < len(leases):
+        event = pair.decode.expect(object)
+        for update in event.updates if isinstance(event, StepTokens) else []:
+            tokens[update.request_id].append(update.token_id)
+            num_finished += update.finish_reason is not None
+    assert tokens == {name: answer_to(prompts[name], 3)[1:] for name in leases}
+    pair.decode.pool.free(taken[0::2])
+    pair.free(*leases.values())
+
+
+def test_who_waits_runs_as_soon_as_there_is_room(cluster: Cluster) -> None:
+    """Nobody has to send another command for it."""
+    worker, runner = cluster.start("worker", max_requests=1)
+    runner.hold()
+    worker.whole("first", PROMPT)
+    runner.wait_until_held()
+    worker.whole("second", PROMPT[1:])
+    worker.whole("third", PROMPT[2:])
+    runner.release()
+    assert worker.collect(3) == {
+        "first": answer_to(PROMPT, 4),
+        "second": answer_to(PROMPT[1:], 4),
+        "third": answer_to(PROMPT[2:], 4),
+    }
+
+
+def test_a_prompt_waits_for_pinned_blocks(cluster: Cluster) -> None:
+    worker, _ = cluster.start("worker", num_blocks=4)
+    worker.prefill("first", PROMPT)
+    first = worker.expect_lease()
+    worker.prefill("second", PROMPT)
+    worker.settle()
+    assert (worker.engine.load.running, worker.engine.load.waiting) == (0, 1)
+    worker.engine.post(FreeLease(first.lease_id))
+    worker.engine.post(FreeLease(worker.expect_lease().lease_id))
+
+
+def test_step_age_counts_only_while_a_sequence_can_run(pair: Pair) -> None:
+    assert pair.decode.engine.step_age() == 0.0
+    prefilled = pair.prefilled("request", PROMPT)
+    pair.decode.transfer.hold()
+    pair.decode.decode("request", PROMPT, prefilled)
+    pair.decode.settle()
+    assert pair.decode.engine.load.running == 1
+    assert pair.decode.engine.step_age() == 0.0, "it sleeps until the pull ends"
+    pair.decode_runner.hold()
+    pair.decode.transfer.release()
+    pair.decode_runner.wait_until_held()
+    assert pair.decode.engine.step_age() > 0.0
+    pair.decode_runner.release()
+    pair.decode.expect(Pulled)
+    pair.decode.collect(1)
+    pair.free(prefilled)
+
+
+# ---------------------------------------------------------------------------------------------- aborts
+
+
+def test_abort_while_waiting(pair: Pair) -> None:
+    prefilled = pair.prefilled("waiting", PROMPT)
+    blocker = pair.decode.pool.allocate(16)
+    assert blocker is not None
+    borrowed = pair.decode.decode("waiting", PROMPT, prefilled)
+    pair.decode.settle()
+    assert pair.decode.engine.load.waiting == 1
+    pair.decode.abort("waiting")
+    pair.decode.settle()
+    assert pair.decode.engine.load.waiting == 0
+    assert pair.decode.unneeded == [borrowed]
+    pair.decode.pool.free(blocker)
+    pair.free(prefilled)
+
+
+def test_abort_while_pulling(pair: Pair) -> None:
+    prefilled = pair.prefilled("pulling", PROMPT)
+    pair.decode.transfer.hold()
+    pair.decode.decode("pulling", PROMPT, prefilled)
+    pair.decode.abort("pulling")
+    pair.decode.settle()
+    pair.decode.abort("pulling")
+    pair.decode.settle()
+    load = pair.decode.engine.load
+    # The fourth block, for the answer, is in quarantine too, until nothing of the request is written.
+    assert (load.running, load.quarantined_blocks, load.free_blocks) == (0, 4, 12)
+    pair.decode.transfer.release()
+    pair.decode.settle()
+    load = pair.decode.engine.load
+    assert (load.quarantined_blocks, load.free_blocks) == (0, 16)
+    pair.free(prefilled)
+
+
+@pytest.mark.parametrize("finishing", [False, True])
+def test_abort_while_running(pair: Pair, finishing: bool) -> None:
+    pair.decode_runner.hold()
+    pair.decode.whole("running", PROMPT[:4], max_tokens=1 if finishing else 9)
+    pair.decode_runner.wait_until_held()
+    pair.decode.abort("running")
+    pair.decode_runner.release()
+    # The step that was under way reports its token; the abort comes after it, or too late.
+    (update,) = pair.decode.expect(StepTokens).updates
+    assert (update.position, update.finish_reason) == (0, "length" if finishing else None)
+    pair.decode.settle()
+    assert pair.decode.engine.load.free_blocks == 16
+
+
+def test_abort_between_two_chunks_of_a_prompt(pair: Pair) -> None:
+    pair.decode_runner.hold()
+    pair.decode.prefill("prompt", PROMPT)
+    pair.decode_runner.wait_until_held()
+    pair.decode.abort("prompt")
+    pair.decode_runner.release()
+    pair.decode.settle()
+    assert pair.decode.engine.load.pinned_blocks == 0
+
+
+def test_abort_of_a_leased_or_unknown_request_changes_nothing(pair: Pair) -> None:
+    prefilled = pair.prefilled("request", PROMPT)
+    pair.prefill.abort("request")
+    pair.prefill.abort("never heard of")
+    pair.prefill.settle()
+    assert pair.prefill.engine.load.pinned_blocks == 3
+    pair.free(prefilled)
+
+
+def test_abort_all_takes_everything_but_leases(start_pair: StartPair) -> None:
+    pair = start_pair(max_requests=2)
+    leases = [pair.prefilled(name, PROMPT) for name in ("pulling", "waiting")]
+    pair.decode.transfer.hold()
+    pair.decode.decode("pulling", PROMPT, leases[0])
+    pair.decode_runner.hold()
+    pair.decode.prefill("running", PROMPT)
+    pair.decode_runner.wait_until_held()
+    pair.decode.decode("waiting", PROMPT, leases[1])
+    pair.decode.abort_all()
+    pair.decode_runner.release()
+    pair.decode.settle()
+    load = pair.decode.engine.load
+    assert (load.running, load.waiting, load.pinned_blocks, load.quarantined_blocks) == (0, 0, 0, 4)
+    pair.prefill.abort_all()
+    pair.prefill.settle()
+    assert pair.prefill.engine.load.pinned_blocks == 6
+    pair.decode.transfer.release()
+    pair.free(*leases)
+
+
+# ---------------------------------------------------------------------------------------- failed pulls
+
+
+def test_a_failed_pull_fails_the_request(pair: Pair) -> None:
+    prefilled = pair.prefilled("request", PROMPT)
+    pair.decode.transfer.hold()
+    borrowed = pair.decode.decode("request", PROMPT, prefilled)
+    pair.decode.settle()
+    (pull_id,) = pair.decode.transfer.held
+    pair.decode.transfer.fail(pull_id, "the cable was cut")
+    expect_failure(pair.decode, "request", "the cable was cut")
+    assert pair.decode.unneeded == [borrowed]
+    pair.free(prefilled)
+
+
+def test_a_peer_that_is_gone_fails_the_request(pair: Pair) -> None:
+    prefilled = pair.prefilled("request", PROMPT)
+    pair.decode.transfer.hold()
+    pair.decode.decode("request", PROMPT, prefilled)
+    pair.decode.settle()
+    pair.prefill.transfer.close()
+    failures = [pair.decode.expect(object), pair.decode.expect(object)]
+    assert sorted(type(failure).__name__ for failure in failures) == ["PeerFailed", "WorkFailed"]
+    pair.decode.transfer.release()
+    pair.decode.decode("request", PROMPT, prefilled, attempt=2)
+    expect_failure(pair.decode, "request", "not connected", attempt=2)
+    pair.free(prefilled)
+
+
+@pytest.mark.parametrize("end", ["completes", "fails"])
+def test_an_overdue_pull_keeps_its_blocks_until_it_ends(start_pair: StartPair, end: str) -> None:
+    pair = start_pair(num_blocks=4, pull_seconds=0.05)
+    prefilled = pair.prefilled("overdue", PROMPT)
+    pair.decode.transfer.hold()
+    pair.decode.decode("overdue", PROMPT, prefilled)
+    expect_failure(pair.decode, "overdue", "did not end in time")
+    pair.decode.whole("next", PROMPT)
+    pair.decode.settle()
+    load = pair.decode.engine.load
+    assert (load.quarantined_blocks, load.free_blocks, load.waiting) == (4, 0, 1)
+    (pull_id,) = pair.decode.transfer.held
+    if end == "completes":
+        pair.decode.transfer.release(pull_id)
+    else:
+        pair.decode.transfer.fail(pull_id, "the peer was declared dead")
+    assert pair.decode.collect(1) == {"next": answer_to(PROMPT, 4)}
+    pair.free(prefilled)
+
+
+def test_a_pull_that_outlasts_its_lease_is_not_trusted(pair: Pair) -> None:
+    prefilled = pair.prefilled("request", PROMPT)
+    borrowed = pair.decode.decode("request", PROMPT, prefilled, covered_until=monotonic())
+    expect_failure(pair.decode, "request", "ran out before the pull had ended")
+    assert pair.decode.unneeded == [borrowed]
+    pair.free(prefilled)
+
+
+def test_a_renewal_during_the_pull_counts(pair: Pair) -> None:
+    prefilled = pair.prefilled("request", PROMPT)
+    pair.decode.transfer.hold()
+    borrowed = pair.decode.decode("request", PROMPT, prefilled, covered_until=monotonic())
+    pair.decode.settle()
+    borrowed.covered_until = monotonic() + LEASE_SECONDS
+    pair.decode.transfer.release()
+    pair.decode.expect(Pulled)
+    assert pair.decode.collect(1) == {"request": answer_to(PROMPT, 4)[1:]}
+    pair.free(prefilled)
+
+
+# ----------------------------------------------------------------------------------------- lost leases
+
+
+def test_a_lost_lease_fails_who_waits_and_who_pulls(start_pair: StartPair) -> None:
+    pair = start_pair(max_requests=1)
+    leases = [pair.prefilled(name, PROMPT) for name in ("pulling", "waiting")]
+    pair.decode.transfer.hold()
+    pulling = pair.decode.decode("pulling", PROMPT, leases[0])
+    waiting = pair.decode.decode("waiting", PROMPT, leases[1])
+    pair.decode.settle()
+    pair.decode.engine.post(LoseLease(waiting, "expired"))
+    expect_failure(pair.decode, "waiting", "expired")
+    pair.decode.engine.post(LoseLease(pulling, "expired"))
+    expect_failure(pair.decode, "pulling", "expired")
+    pair.decode.settle()
+    assert pair.decode.engine.load.quarantined_blocks == 4
+    pair.decode.transfer.release()
+    pair.free(*leases)
+
+
+def test_a_lease_lost_after_the_pull_does_not_matter(pair: Pair) -> None:
+    prefilled = pair.prefilled("request", PROMPT)
+    pair.decode_runner.hold()
+    borrowed = pair.decode.decode("request", PROMPT, prefilled)
+    pair.decode_runner.wait_until_held()
+    pair.free(prefilled)
+    pair.decode.engine.post(LoseLease(borrowed, "expired"))
+    pair.decode_runner.release()
+    pair.decode.expect(Pulled)
+    assert pair.decode.collect(1) == {"request": answer_to(PROMPT, 4)[1:]}
+
+
+def test_a_lost_lease_of_an_older_attempt_does_not_matter(pair: Pair) -> None:
+    leases = [pair.prefilled("request", PROMPT, attempt=attempt) for attempt in (1, 2)]
+    pair.decode.transfer.hold()
+    older = pair.decode.decode("request", PROMPT, leases[0], attempt=1)
+    pair.decode.decode("request", PROMPT, leases[1], attempt=2)
+    pair.decode.engine.post(LoseLease(older, "expired"))
+    pair.decode.settle()
+    pair.decode.transfer.release()
+    assert pair.decode.expect(Pulled).attempt == 2
+    assert pair.decode.collect(1) == {"request": answer_to(PROMPT, 4)[1:]}
+    pair.free(*leases)
+
+
+# -------------------------------------------------------------------------------------------- attempts
+
+
+def test_a_newer_attempt_replaces_the_older_wherever_it_is(start_pair: StartPair) -> None:
+    pair = start_pair(max_requests=1)
+    leases = [pair.prefilled("request", PROMPT, attempt=attempt) for attempt in (1, 2)]
+    pair.decode.transfer.hold()
+    pulling = pair.decode.decode("request", PROMPT, leases[0], attempt=1)
+    pair.decode.settle()
+    pair.decode_runner.hold()
+    pair.decode.whole("blocker", PROMPT, max_tokens=1)
+    replaced_while_pulling = pair.decode.decode("request", PROMPT, leases[1], attempt=2)
+    pair.decode_runner.wait_until_held()
+    assert pair.decode.unneeded == [pulling]
+    pair.decode.whole("request", PROMPT, attempt=3)  # replaces attempt 2, which waits
+    pair.decode_runner.release()
+    updates = pair.decode.expect(StepTokens).updates
+    assert [update.request_id for update in updates] == ["blocker"]
+    pair.decode_runner.hold()
+    pair.decode_runner.wait_until_held()
+    assert pair.decode.unneeded == [pulling, replaced_while_pulling]
+    pair.decode.whole("request", PROMPT, attempt=4)  # replaces attempt 3, which runs
+    pair.decode_runner.release()
+    attempts: list[int] = []
+    token_ids: list[int] = []
+    while len(token_ids) < 4:
+        for update in pair.decode.expect(StepTokens).updates:
+            attempts.append(update.attempt)
+            if update.attempt == 4:
+                token_ids.append(update.token_id)
+    assert attempts == sorted(attempts)
+    assert token_ids == answer_to(PROMPT, 4)
+    pair.decode.transfer.release()
+    pair.free(*leases)
+
+
+def test_an_older_attempt_is_ignored_and_its_lease_given_up(pair: Pair) -> None:
+    leases = [pair.prefilled("request", PROMPT, attempt=attempt) for attempt in (1, 2)]
+    pair.decode.transfer.hold()
+    pair.decode.decode("request", PROMPT, leases[1], attempt=2)
+    older = pair.decode.decode("request", PROMPT, leases[0], attempt=1)
+    pair.decode.settle()
+    assert pair.decode.unneeded == [older]
+    assert len(pair.decode.transfer.held) == 1
+    pair.decode.transfer.release()
+    assert pair.decode.expect(Pulled).attempt == 2
+    pair.decode.collect(1)
+    pair.free(*leases)
+
+
+def test_a_duplicate_is_ignored_and_the_lease_stays_in_use(pair: Pair) -> None:
+    prefilled = pair.prefilled("request", PROMPT)
+    pair.decode.transfer.hold()
+    pair.decode.decode("request", PROMPT, prefilled)
+    duplicate = pair.decode.decode("request", PROMPT, prefilled)
+    pair.decode.borrowed.remove(duplicate)  # the same lease: to be given up once
+    pair.decode.settle()
+    assert pair.decode.unneeded == []
+    pair.decode.transfer.release()
+    pair.decode.expect(Pulled)
+    assert pair.decode.collect(1) == {"request": answer_to(PROMPT, 4)[1:]}
+    pair.free(prefilled)
+
+
+# ---------------------------------------------------------------------------------- peers, and at random
+
+
+def test_connections_are_reported(pair: Pair) -> None:
+    pair.decode.transfer.connect("prefill", b"nowhere", pair.prefill.region)
+    assert pair.decode.expect(PeerFailed).engine_id == "prefill"
+    pair.decode.transfer.connect("prefill", pair.prefill.transfer.worker_address, pair.prefill.region)
+    assert pair.decode.expect(PeerConnected) == PeerConnected("prefill", "memory")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_many_requests_with_aborts_and_late_pulls(pair: Pair, seed: int) -> None:
+    """Whatever overtakes what: each answer that is written is right, and nothing is left behind."""
+    rng = random.Random(seed)
+    prompts = {f"request-{n}": [rng.randrange(1, 900) for _ in range(rng.randint(1, 24))] for n in range(40)}
+    aborted = set(rng.sample(sorted(prompts), 10))
+    for name, prompt_ids in prompts.items():
+        prefilled = pair.prefilled(name, prompt_ids)
+        if rng.random() < 0.3:
+            pair.decode.transfer.hold()
+        pair.decode.decode(name, prompt_ids, prefilled, max_tokens=5)
+        if name in aborted:
+            pair.decode.abort(name)
+        if rng.random() < 0.5:
+            pair.decode.transfer.release()
+        # The pool of the prefill engine may not hold all of them at once: each is read before the next.
+        pair.decode.transfer.release()
+        if name not in aborted:
+            finish(pair.decode, name, prompt_ids)
+        else:
+            pair.decode.abort(name)
+            drain(pair.decode)
+        pair.free(prefilled)

@@ -20,7 +20,7 @@ from pdengine.engine.runner import Runner
 from pdengine.engine.scheduler import Chunk, Scheduler, SchedulerConfig
 from pdengine.engine.sequence import Mode
 from pdengine.transport.memory_transfer import Fabric, MemoryTransfer
-from pdengine.transport.messages import KVLease, Prefilled, StepTokens
+from pdengine.transport.messages import KVLease, Prefilled, Pulled, StepTokens
 from pdengine.transport.regions import RegionDescriptor, describe_region
 from pdengine.transport.transfer import PeerConnected
 
@@ -146,9 +146,7 @@ class EngineWorker:
     def prefill(
         self, request_id: str, prompt_ids: Sequence_[int], *, max_tokens: int = 4, attempt: int = 1
     ) -> None:
-        sequence = make_sequence(
-            request_id, Mode.PREFILL, prompt_ids, max_tokens=max_tokens, attempt=attempt
-        )
+        sequence = make_sequence(request_id, Mode.PREFILL, prompt_ids, max_tokens=max_tokens, attempt=attempt)
         self.engine.post(AddSequence(sequence))
 
     def whole(
@@ -204,11 +202,16 @@ class EngineWorker:
         return lease
 
     def collect(self, num_finished: int) -> dict[str, list[int]]:
-        """Tokens by request, until so many have finished; their positions must be consecutive."""
+        """Tokens by request, until so many have finished; their positions must be consecutive.
+
+        Pulls may be reported in between, and nothing else.
+        """
         token_ids: dict[str, list[int]] = {}
         positions: dict[str, int] = {}
         while num_finished:
-            for update in self.expect(StepTokens).updates:
+            event = self._next_event()
+            assert isinstance(event, StepTokens | Pulled), f"unexpected {event}"
+            for update in event.updates if isinstance(event, StepTokens) else []:
                 expected = positions.get(update.request_id, update.position)
                 assert update.position == expected
                 positions[update.request_id] = expected + 1
@@ -258,3 +261,36 @@ class EngineWorker:
                 self.unneeded.append(event.borrowed)
             else:
                 self._events.put(event)
+
+
+class Cluster:
+    """Starts engines that share a fabric."""
+
+    def __init__(self) -> None:
+        self.fabric = Fabric()
+        self.workers: list[EngineWorker] = []
+
+    def add(self, worker: EngineWorker) -> EngineWorker:
+        self.workers.append(worker)
+        return worker
+
+    def start(
+        self,
+        engine_id: str,
+        *,
+        num_blocks: int = 16,
+        block_size: int = 4,
+        max_requests: int = 8,
+        pull_seconds: float = DEADLINE_SECONDS,
+    ) -> tuple[EngineWorker, TokenRunner]:
+        runner = TokenRunner(num_blocks, block_size)
+        worker = EngineWorker(
+            self.fabric,
+            engine_id,
+            runner=runner,
+            region=runner.describe(),
+            block_size=block_size,
+            max_requests=max_requests,
+            pull_seconds=pull_seconds,
+        )
+        return self.add(worker), runner

@@ -1,10 +1,11 @@
 """`pdengine router` and the three worker roles."""
 
 import asyncio
+import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
@@ -15,7 +16,13 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pdengine.cli.options import errors_in_one_line, log_to_stderr, model_option, worker_options
+from pdengine.engine.worker_config import WorkerConfig
+from pdengine.router.router import Router, RouterConfig
 from pdengine.transport.messages import Role
+
+LINE_SECONDS = 5.0
+
+logger = logging.getLogger(__name__)
 
 
 @click.command()
@@ -28,7 +35,6 @@ from pdengine.transport.messages import Role
 )
 def router(model_directory: Path, client_address: str, worker_address: str) -> None:
     """The front door: takes requests and gives them to workers."""
-    from pdengine.router.router import Router, RouterConfig
 
     async def serve() -> None:
         server = Router(RouterConfig(model_directory, client_address, worker_address))
@@ -65,12 +71,13 @@ def _worker_command(role: Role, help_text: str) -> click.Command:
     )
     @worker_options
     def command(**options: Any) -> None:
-        from pdengine.engine.start_worker import run_worker
-        from pdengine.engine.worker_config import WorkerConfig
-
         log_to_stderr(f"{role}[{os.getpid()}]")
-        with errors_in_one_line(), _weights_progress() as progress:
-            run_worker(WorkerConfig(role=role, **options), progress=progress)
+        with errors_in_one_line():
+            config = WorkerConfig(role=role, **options)
+            from pdengine.engine.start_worker import run_worker  # loads torch, which takes seconds
+
+            with _weights_progress() as progress:
+                run_worker(config, progress=progress)
 
     return command
 
@@ -81,21 +88,30 @@ unified = _worker_command("unified", "A worker that does both for each of its re
 
 
 @contextmanager
-def _weights_progress() -> Iterator[Any]:
-    """A progress bar on a terminal, one line elsewhere; gives a function of (done, total) bytes."""
-    console = Console(stderr=True)
+def _weights_progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar on the terminal of this process, a line now and then elsewhere; gives f(done, total) in bytes."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
-    started_at = monotonic()
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not sys.stderr.isatty()) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not _has_terminal()) as bar:
         task = bar.add_task("loading weights", total=None)
+        next_line_at = monotonic() + LINE_SECONDS
 
         def progress(done: int, total: int) -> None:
+            nonlocal next_line_at
             bar.update(task, completed=done, total=total)
             if done == total:
                 bar.stop()
-                seconds = monotonic() - started_at
-                click.echo(
-                    f"loaded {total / 2**20:.1f} MiB of weights, {seconds:.1f} s after start", err=True
-                )
+                logger.info("loaded %.1f MiB of weights", total / 2**20)
+            elif bar.disable and monotonic() > next_line_at:
+                next_line_at = monotonic() + LINE_SECONDS
+                logger.info("loading weights: %.0f of %.0f MiB", done / 2**20, total / 2**20)
 
         yield progress
+
+
+def _has_terminal() -> bool:
+    """Whether stderr is a terminal that belongs to this process: those of `pdengine up` share its own."""
+    try:
+        return os.tcgetpgrp(sys.stderr.fileno()) == os.getpgrp()
+    except OSError:
+        return False

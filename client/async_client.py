@@ -2,10 +2,10 @@
 
 import asyncio
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from time import monotonic
 from types import TracebackType
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import msgspec
 import zmq.asyncio
@@ -216,6 +216,7 @@ class AsyncClient:
                 self._connected.set()
             else:
                 self._connected.clear()
+                await asyncio.sleep(0)  # what the router said before it went is there: let `_receive` take it
                 self._tell_all(RouterUnavailable(f"the connection to the router at {self.address} was lost"))
 
     def _tell_all(self, error: GenerateError) -> None:
@@ -341,7 +342,7 @@ def to_prompt(prompt: PromptLike) -> Prompt:
         case [Mapping(), *_]:
             return ChatPrompt([to_chat_message(turn) for turn in prompt])
         case [*token_ids] if all(type(token_id) is int for token_id in token_ids):
-            return TokenPrompt(token_ids)
+            return TokenPrompt(cast(list[int], token_ids))
     raise TypeError("prompt must be a string, a list of token ids or a list of chat messages")
 
 

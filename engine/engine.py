@@ -143,15 +143,19 @@ class Engine:
         for sequence in self._scheduler.admit():
             self._pulls.start(sequence)
         chunks = self._scheduler.schedule()
-        self.load = self._current_load()
+        self._tell()  # what is known already does not wait for the step
         if chunks:
             token_ids = self._runner.run(chunks)
             self._report(self._scheduler.postprocess(chunks, token_ids, self._eos_token_ids))
+            self._tell()
+        return bool(chunks)
+
+    def _tell(self) -> None:
+        """Publish the load and hand out the events so far."""
         self.load = self._current_load()
         if self._events:
             events, self._events = self._events, []
             self._emit(events)
-        return bool(chunks)
 
     def _report(self, advanced: list[Sequence]) -> None:
         updates: list[TokenUpdate] = []

@@ -88,9 +88,8 @@ class BorrowedLeases:
         return len(self._leases)
 
     def add(self, lease: KVLease, request_id: str) -> BorrowedLease:
-        borrowed = BorrowedLease(lease, request_id)
-        self._leases[lease.engine_id, lease.lease_id] = borrowed
-        return borrowed
+        """Keep this lease alive; of a lease that is here already, the one that is in use."""
+        return self._leases.setdefault((lease.engine_id, lease.lease_id), BorrowedLease(lease, request_id))
 
     def remove(self, lease: KVLease) -> bool:
         """Whether the lease was still there to be removed."""

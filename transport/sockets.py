@@ -40,7 +40,7 @@ def split_tcp_address(address: str) -> tuple[str, int]:
     host, separator, port = address.removeprefix("tcp://").rpartition(":")
     if not address.startswith("tcp://") or not separator or not host:
         raise AddressError(f"address {address!r} must be tcp://HOST:PORT")
-    if not port.isdecimal() or int(port) > 65535:
+    if not (port.isascii() and port.isdecimal()) or int(port) > 65535:
         raise AddressError(f"address {address!r}: port {port!r} must be a number from 0 to 65535")
     return host, int(port)
 

@@ -81,7 +81,9 @@ def test_a_directory_that_is_none(tmp_path: Path) -> None:
 
 
 def test_a_pool_too_small_for_one_block(model: Path) -> None:
-    assert_refused(worker(model, "--kv-memory", "1000B"), "1000 bytes", "one block of 16 tokens", "6144 bytes")
+    assert_refused(
+        worker(model, "--kv-memory", "1000B"), "1000 bytes", "one block of 16 tokens", "6144 bytes"
+    )
 
 
 @pytest.mark.parametrize(

@@ -26,12 +26,11 @@ from pdengine.transport.transfer import PeerConnected
 
 DEADLINE_SECONDS = 20.0
 LEASE_SECONDS = 30.0
-EOS = 0
 E = TypeVar("E")
 
 
 def next_token(context: Sequence_[int]) -> int:
-    """The model: every token and its place matter, and EOS never comes."""
+    """The model: every token and its place matter."""
     state = 17
     for token_id in context:
         state = (state * 31 + token_id + 1) % 9973
@@ -126,7 +125,7 @@ class EngineWorker:
             scheduler=self.scheduler,
             runner=runner,
             pulls=self.pulls,
-            eos_token_ids=frozenset({EOS}),
+            eos_token_ids=frozenset(),
             lease_duration=LEASE_SECONDS,
             emit=self._take_events,
         )
@@ -233,9 +232,8 @@ class EngineWorker:
         self.engine.post(Stop())
         self._thread.join(DEADLINE_SECONDS)
         assert not self._thread.is_alive()
-        while not self._events.empty():
-            event = self._events.get_nowait()
-            raise AssertionError(f"nobody expected {event}")
+        if not self._events.empty():
+            raise AssertionError(f"nobody expected {self._events.get_nowait()}")
         self.pool.check()
         assert not self.scheduler.has_work
         assert not self.scheduler.leased
@@ -261,36 +259,3 @@ class EngineWorker:
                 self.unneeded.append(event.borrowed)
             else:
                 self._events.put(event)
-
-
-class Cluster:
-    """Starts engines that share a fabric."""
-
-    def __init__(self) -> None:
-        self.fabric = Fabric()
-        self.workers: list[EngineWorker] = []
-
-    def add(self, worker: EngineWorker) -> EngineWorker:
-        self.workers.append(worker)
-        return worker
-
-    def start(
-        self,
-        engine_id: str,
-        *,
-        num_blocks: int = 16,
-        block_size: int = 4,
-        max_requests: int = 8,
-        pull_seconds: float = DEADLINE_SECONDS,
-    ) -> tuple[EngineWorker, TokenRunner]:
-        runner = TokenRunner(num_blocks, block_size)
-        worker = EngineWorker(
-            self.fabric,
-            engine_id,
-            runner=runner,
-            region=runner.describe(),
-            block_size=block_size,
-            max_requests=max_requests,
-            pull_seconds=pull_seconds,
-        )
-        return self.add(worker), runner

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import write_checkpoint
-from engine_worker import Cluster, EngineWorker
+from engine_cluster import Cluster
+from engine_worker import EngineWorker
 
 from pdengine.engine.engine import FreeLease
 from pdengine.engine.kv_cache import KVCache

@@ -1,0 +1,232 @@
+"""Each bad input is refused with the field at fault and the limit."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_cluster import BLOCK_SIZE, MODEL, hello
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdengine.models.demo.facts import checkpoint_directory
+from pdengine.models.tokenizer import Tokenizer
+from pdengine.router.admission import (
+    MAX_STOP_TOKENS,
+    MAX_TEXT_CHARACTERS,
+    InvalidRequest,
+    check_fits,
+    check_sampling,
+    tokenize,
+)
+from pdengine.router.registry import Registry
+from pdengine.transport.messages import (
+    ChatMessage,
+    ChatPrompt,
+    Prompt,
+    SamplingParams,
+    TextPrompt,
+    TokenPrompt,
+)
+
+VOCAB_SIZE = 569
+TOKENIZER = Tokenizer.load(checkpoint_directory())
+
+
+def refusal(prompt: Prompt, tokenizer: Tokenizer = TOKENIZER) -> str:
+    with pytest.raises(InvalidRequest) as caught:
+        tokenize(prompt, tokenizer, VOCAB_SIZE)
+    assert caught.value.field == "prompt"
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "limit"),
+    [
+        ("max_tokens", 0, "at least 1"),
+        ("max_tokens", -5, "at least 1"),
+        ("temperature", -0.1, "a finite number, 0 or more"),
+        ("temperature", math.nan, "a finite number, 0 or more"),
+        ("temperature", math.inf, "a finite number, 0 or more"),
+        ("top_k", -1, "0 (no limit) or more"),
+        ("top_p", 0.0, "above 0 and at most 1"),
+        ("top_p", 1.01, "above 0 and at most 1"),
+        ("top_p", -1.0, "above 0 and at most 1"),
+        ("top_p", math.nan, "above 0 and at most 1"),
+        ("seed", 2**64, "fit in 64 bits"),
+        ("seed", -(2**63) - 1, "fit in 64 bits"),
+    ],
+)
+def test_sampling_out_of_range(field: str, value: Any, limit: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        check_sampling(SamplingParams(**{field: value}), None, VOCAB_SIZE)
+    assert caught.value.field == field
+    assert str(caught.value).startswith(f"{field} is {value}, it must ")
+    assert limit in str(caught.value)
+
+
+@pytest.mark.parametrize("token_id", [-1, VOCAB_SIZE, 2**63])
+def test_stop_tokens_outside_the_vocabulary(token_id: int) -> None:
+    with pytest.raises(InvalidRequest, match=f"token id {token_id}, the vocabulary is 0 to 568") as caught:
+        check_sampling(SamplingParams(stop_token_ids=(3, token_id)), None, VOCAB_SIZE)
+    assert caught.value.field == "stop_token_ids"
+
+
+def test_too_many_stop_tokens() -> None:
+    check_sampling(SamplingParams(stop_token_ids=(1,) * MAX_STOP_TOKENS), None, VOCAB_SIZE)
+    with pytest.raises(InvalidRequest, match=f"more than {MAX_STOP_TOKENS}") as caught:
+        check_sampling(SamplingParams(stop_token_ids=(1,) * (MAX_STOP_TOKENS + 1)), None, VOCAB_SIZE)
+    assert caught.value.field == "stop_token_ids"
+
+
+@pytest.mark.parametrize("timeout", [0.0, -1.0, math.nan, math.inf])
+def test_timeouts_that_are_none(timeout: float) -> None:
+    with pytest.raises(InvalidRequest, match="positive number of seconds") as caught:
+        check_sampling(SamplingParams(), timeout, VOCAB_SIZE)
+    assert caught.value.field == "timeout"
+
+
+@given(
+    st.builds(
+        SamplingParams,
+        max_tokens=st.integers(1, 2**62),
+        temperature=st.floats(0, allow_infinity=False),
+        top_k=st.integers(0, 2**62),
+        top_p=st.floats(0, 1, exclude_min=True),
+        seed=st.none() | st.integers(-(2**63), 2**64 - 1),
+        stop_token_ids=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=5).map(tuple),
+        ignore_eos=st.booleans(),
+    ),
+    st.none() | st.floats(0, exclude_min=True, allow_infinity=False),
+)
+def test_everything_in_range_is_taken(sampling: SamplingParams, timeout: float | None) -> None:
+    check_sampling(sampling, timeout, VOCAB_SIZE)
+
+
+# ------------------------------------------------------------------------------------------ prompts
+
+
+def test_prompts_become_tokens() -> None:
+    assert tokenize(TextPrompt("The red violin"), TOKENIZER, VOCAB_SIZE) == [0, 559, 383, 512]
+    assert tokenize(TokenPrompt([0, 559, VOCAB_SIZE - 1]), TOKENIZER, VOCAB_SIZE) == [0, 559, VOCAB_SIZE - 1]
+    turn = ChatMessage("user", "The red violin")
+    chat = TOKENIZER.encode_chat([{"role": "user", "content": "The red violin"}])
+    assert tokenize(ChatPrompt([turn]), TOKENIZER, VOCAB_SIZE) == chat
+
+
+@pytest.mark.parametrize(
+    "prompt", [TextPrompt(""), TokenPrompt([]), ChatPrompt([])], ids=["text", "ids", "chat"]
+)
+def test_empty_prompts(prompt: Prompt) -> None:
+    assert refusal(prompt) == "prompt is empty, it must have at least one token"
+
+
+@pytest.mark.parametrize("token_id", [-1, VOCAB_SIZE, 2**64 - 1])
+def test_prompt_ids_outside_the_vocabulary(token_id: int) -> None:
+    expected = f"prompt has token id {token_id}, the vocabulary is 0 to 568"
+    assert refusal(TokenPrompt([0, token_id])) == expected
+
+
+HUGE = "x" * (MAX_TEXT_CHARACTERS + 1)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        TextPrompt(HUGE),
+        ChatPrompt([ChatMessage("user", HUGE)]),
+        ChatPrompt([ChatMessage(HUGE, "x")]),
+        ChatPrompt([ChatMessage("", HUGE[: MAX_TEXT_CHARACTERS // 2 + 1])] * 2),
+    ],
+    ids=["text", "content", "role", "two turns"],
+)
+def test_huge_text(prompt: Prompt) -> None:
+    assert f"characters, the limit is {MAX_TEXT_CHARACTERS}" in refusal(prompt)
+
+
+@pytest.mark.parametrize(
+    "prompt", [TextPrompt("a\ud800b"), ChatPrompt([ChatMessage("user", "\udfff")])], ids=["text", "chat"]
+)
+def test_lone_surrogates(prompt: Prompt) -> None:
+    assert "lone surrogate" in refusal(prompt)
+
+
+@pytest.fixture
+def plain_model(tmp_path: Path) -> Path:
+    """The demo's tokenizer without its chat template."""
+    shutil.copy(checkpoint_directory() / "tokenizer.json", tmp_path)
+    return tmp_path
+
+
+def test_chat_with_a_model_that_has_no_template(plain_model: Path) -> None:
+    prompt = ChatPrompt([ChatMessage("user", "Hello")])
+    assert "no chat template" in refusal(prompt, Tokenizer.load(plain_model))
+
+
+def test_a_template_that_refuses_the_messages(plain_model: Path) -> None:
+    template = "{{ raise_exception('the first turn must be a question') }}"
+    (plain_model / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    prompt = ChatPrompt([ChatMessage("user", "Hello")])
+    assert "the first turn must be a question" in refusal(prompt, Tokenizer.load(plain_model))
+
+
+@given(st.text())
+def test_any_text_is_taken(text: str) -> None:
+    if text:
+        token_ids = tokenize(TextPrompt(text), TOKENIZER, VOCAB_SIZE)
+        assert TOKENIZER.decode(token_ids) == text
+
+
+# ------------------------------------------------------------------------------------------- limits
+
+
+def registry_of(*sizes: tuple[str, int, int]) -> Registry:
+    """Workers of (role, KV blocks, max_context)."""
+    registry = Registry(MODEL)
+    for number, (role, num_blocks, max_context) in enumerate(sizes):
+        greeting = hello(str(number), role, num_blocks=num_blocks, max_context=max_context)  # type: ignore[arg-type]
+        registry.add(b"%d" % number, greeting, now=0.0)
+    return registry
+
+
+def test_the_context_is_the_smallest_of_all_workers() -> None:
+    registry = registry_of(("unified", 100, 50), ("unified", 100, 40))
+    check_fits(30, 10, registry)
+    with pytest.raises(InvalidRequest, match="together 41, the model's context is 40") as caught:
+        check_fits(30, 11, registry)
+    assert caught.value.field == "max_tokens"
+    with pytest.raises(InvalidRequest, match="prompt has 40 tokens, the model's context is 40") as caught:
+        check_fits(40, 1, registry)
+    assert caught.value.field == "prompt"
+
+
+def test_the_kv_cache_must_hold_all_but_the_last_token() -> None:
+    capacity = 3 * BLOCK_SIZE
+    registry = registry_of(("unified", 3, 1000))
+    check_fits(capacity, 1, registry)
+    check_fits(1, capacity, registry)
+    with pytest.raises(InvalidRequest, match=f"the largest KV cache holds {capacity}") as caught:
+        check_fits(capacity, 2, registry)
+    assert caught.value.field == "max_tokens"
+    with pytest.raises(InvalidRequest, match=f"the largest KV cache holds {capacity}") as caught:
+        check_fits(capacity + 1, 1, registry)
+    assert caught.value.field == "prompt"
+
+
+def test_prompts_are_held_where_they_are_computed_and_answers_where_they_are_written() -> None:
+    registry = registry_of(("prefill", 2, 1000), ("decode", 4, 1000))
+    check_fits(2 * BLOCK_SIZE, 2 * BLOCK_SIZE + 1, registry)
+    with pytest.raises(InvalidRequest) as caught:
+        check_fits(2 * BLOCK_SIZE + 1, 1, registry)
+    assert caught.value.field == "prompt"
+    with pytest.raises(InvalidRequest) as caught:
+        check_fits(2 * BLOCK_SIZE, 2 * BLOCK_SIZE + 2, registry)
+    assert caught.value.field == "max_tokens"
+
+
+def test_nothing_fits_without_workers() -> None:
+    with pytest.raises(InvalidRequest, match="no worker has joined this router yet") as caught:
+        check_fits(1, 1, Registry(MODEL))
+    assert caught.value.field is None

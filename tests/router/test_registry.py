@@ -1,0 +1,204 @@
+"""Who may join, and who gets the work."""
+
+from itertools import count
+from typing import Any
+
+import pytest
+from fake_cluster import BLOCK_SIZE, MODEL, hello
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdengine.router.admission import InvalidRequest, check_fits
+from pdengine.router.registry import Registry, WorkerEntry
+from pdengine.transport.messages import PROTOCOL_VERSION, Refused, Role
+
+
+def registry_of(*workers: tuple[Role, int]) -> Registry:
+    """Workers "0", "1", ... of these roles and numbers of KV blocks."""
+    registry = Registry(MODEL)
+    for number, (role, num_blocks) in enumerate(workers):
+        greeting = hello(str(number), role, num_blocks=num_blocks, max_context=10_000)
+        registry.add(b"%d" % number, greeting, now=0.0)
+    return registry
+
+
+def picked(worker: WorkerEntry | None) -> str | None:
+    return None if worker is None else worker.engine_id
+
+
+def entry(registry: Registry, engine_id: str) -> WorkerEntry:
+    worker = registry.get(engine_id)
+    assert worker is not None
+    return worker
+
+
+# --------------------------------------------------------------------------------------- membership
+
+
+@pytest.mark.parametrize(
+    ("field", "theirs"),
+    [
+        ("weights", "others"),
+        ("dtype", "bfloat16"),
+        ("block_size", 32),
+        ("layout", "2"),
+        ("ucx", "1.13"),
+    ],
+)
+def test_a_refusal_names_the_field_and_both_values(field: str, theirs: Any) -> None:
+    registry = registry_of(("prefill", 8))
+    ours = getattr(entry(registry, "0").compatibility, field)
+    refusal = registry.refusal(hello("new", "decode", **{field: theirs}))
+    assert refusal == Refused(field, str(ours), str(theirs))
+    assert Registry(MODEL).refusal(hello("new", "decode", **{field: theirs})) is None  # the first sets it
+
+
+def test_the_first_field_that_differs_is_named() -> None:
+    refusal = registry_of(("prefill", 8)).refusal(hello("new", "decode", dtype="float16", weights="x"))
+    assert refusal is not None
+    assert refusal.field == "weights"
+
+
+def test_model_and_protocol_are_the_routers_own() -> None:
+    registry = Registry(MODEL)
+    assert registry.refusal(hello("new", "decode", model="x")) == Refused("model", MODEL, "x")
+    wrong = hello("new", "decode", protocol=PROTOCOL_VERSION + 1)
+    assert registry.refusal(wrong) == Refused("protocol", str(PROTOCOL_VERSION), str(PROTOCOL_VERSION + 1))
+
+
+def test_workers_are_found_by_id_and_by_connection() -> None:
+    registry = registry_of(("prefill", 8), ("decode", 8))
+    first = entry(registry, "0")
+    assert registry.by_identity(b"0") is first
+    assert registry.by_identity(b"nobody") is None
+    assert registry.get(None) is None
+    assert len(registry) == 2
+    entry(registry, "1").links["0"] = "memory"
+    registry.remove("0")
+    assert [worker.engine_id for worker in registry] == ["1"]
+    assert entry(registry, "1").links == {}
+
+
+def test_silent_workers() -> None:
+    registry = registry_of(("prefill", 8), ("decode", 8))
+    entry(registry, "1").heard_at = 4.0
+    assert [worker.engine_id for worker in registry.silent(now=5.0, timeout=5.0)] == []
+    assert [worker.engine_id for worker in registry.silent(now=5.5, timeout=5.0)] == ["0"]
+    ages = [status.heartbeat_age for status in registry.statuses(now=5.0)]
+    assert ages == [5.0, 1.0]
+
+
+# ---------------------------------------------------------------------------------------- placement
+
+
+def test_the_least_loaded_worker_prefills() -> None:
+    registry = registry_of(("prefill", 8), ("prefill", 8), ("unified", 8), ("decode", 8))
+    for engine_id, tokens in (("0", 20), ("1", 5), ("2", 10)):
+        entry(registry, engine_id).assigned["request"] = tokens
+    assert picked(registry.pick_prefill(10, 10)) == "1"
+    entry(registry, "1").assigned["another"] = 6
+    assert picked(registry.pick_prefill(10, 10)) == "2"
+
+
+def test_a_decode_worker_with_room_comes_before_one_with_fewer_requests() -> None:
+    registry = registry_of(("decode", 4), ("decode", 4))
+    entry(registry, "0").assigned["big"] = 4 * BLOCK_SIZE - 5
+    entry(registry, "1").assigned.update(one=5, two=5)
+    assert picked(registry.pick_decode(10)) == "1"
+    assert picked(registry.pick_decode(5)) == "0"
+    entry(registry, "1").assigned["three"] = 4 * BLOCK_SIZE
+    assert picked(registry.pick_decode(10)) == "0"  # both are full: the shorter queue
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode", "unified"])
+def test_one_side_alone_runs_whole_requests(role: Role) -> None:
+    registry = registry_of((role, 8))
+    worker = registry.pick_prefill(10, 10)
+    assert worker is not None
+    assert not registry.splits(worker)
+
+
+def test_decode_workers_get_no_prompts_while_there_is_a_prefill_worker() -> None:
+    registry = registry_of(("prefill", 8), ("decode", 8))
+    entry(registry, "0").assigned["request"] = 1000
+    assert picked(registry.pick_prefill(10, 10)) == "0"
+    assert registry.splits(entry(registry, "0"))
+    entry(registry, "0").leaving = True
+    assert picked(registry.pick_prefill(10, 10)) == "1"
+    assert not registry.splits(entry(registry, "1"))
+
+
+def test_leaving_workers_get_nothing() -> None:
+    registry = registry_of(("prefill", 8), ("decode", 8))
+    for worker in registry:
+        worker.leaving = True
+    assert registry.pick_prefill(1, 1) is None
+    assert registry.pick_decode(1) is None
+    assert not registry.is_disaggregated
+
+
+def test_the_last_token_needs_no_room() -> None:
+    capacity = 4 * BLOCK_SIZE
+    registry = registry_of(("unified", 4))
+    assert picked(registry.pick_prefill(capacity, 1)) == "0"
+    assert registry.pick_prefill(capacity, 2) is None
+
+
+def test_a_prompt_that_no_decode_worker_could_go_on_with_stays_whole() -> None:
+    registry = registry_of(("prefill", 8), ("decode", 1), ("unified", 4))
+    entry(registry, "2").assigned["request"] = 1000
+    assert picked(registry.pick_prefill(30, 10)) == "2"
+
+
+def test_a_small_unified_worker_does_not_hide_a_large_one_of_another_role() -> None:
+    assert picked(registry_of(("unified", 1), ("prefill", 8)).pick_prefill(10, 50)) == "1"
+
+
+roles = st.sampled_from(["prefill", "decode", "unified"])
+clusters = st.lists(st.tuples(roles, st.integers(1, 8)), min_size=1, max_size=5)
+sizes = st.integers(1, 9 * BLOCK_SIZE)
+
+
+@given(clusters, st.data(), sizes, sizes)
+def test_whoever_is_picked_can_do_it(
+    workers: list[tuple[Role, int]], data: st.DataObject, num_tokens: int, max_tokens: int
+) -> None:
+    registry = registry_of(*workers)
+    for member in registry:
+        member.leaving = data.draw(st.booleans())
+        member.assigned = {str(n): tokens for n, tokens in enumerate(data.draw(st.lists(sizes, max_size=3)))}
+    num_cached = num_tokens + max_tokens - 1
+    worker = registry.pick_prefill(num_tokens, max_tokens)
+    decoder = registry.pick_decode(num_cached)
+    for chosen, needed in ((worker, num_tokens), (decoder, num_cached)):
+        assert chosen is None or (not chosen.leaving and chosen.capacity >= needed)
+    assert decoder is None or decoder.role == "decode"
+    if worker is not None and registry.splits(worker):
+        assert decoder is not None
+    elif worker is not None:
+        assert worker.capacity >= num_cached
+
+
+@given(clusters, sizes, sizes)
+def test_what_is_admitted_can_be_placed(
+    workers: list[tuple[Role, int]], num_tokens: int, max_tokens: int
+) -> None:
+    registry = registry_of(*workers)
+    try:
+        check_fits(num_tokens, max_tokens, registry)
+    except InvalidRequest:
+        return
+    assert registry.pick_prefill(num_tokens, max_tokens) is not None
+
+
+@given(st.lists(sizes, min_size=1, max_size=20))
+def test_load_is_spread(requests: list[int]) -> None:
+    """Greedy placement: no two workers differ by more than the largest request."""
+    registry = registry_of(("unified", 100), ("unified", 100), ("unified", 100))
+    names = count()
+    for num_tokens in requests:
+        chosen = registry.pick_prefill(num_tokens, 1)
+        assert chosen is not None
+        chosen.assigned[str(next(names))] = num_tokens
+    loads = [worker.assigned_tokens for worker in registry]
+    assert max(loads) - min(loads) <= max(requests)

@@ -60,7 +60,7 @@ class AsyncClient:
         self.address = address
         self._connect_timeout = connect_timeout
         self._context = zmq.asyncio.Context()
-        self._socket = PeerSocket[RouterToClient](self._context, address, RouterToClient)
+        self._socket = PeerSocket[RouterToClient](self._context, address, RouterToClient, watched=True)
         self._connected = asyncio.Event()
         self._closed = False
         self._replies: dict[int, asyncio.Queue[Reply]] = {}

@@ -280,6 +280,8 @@ class Worker:
             self._forget_peer(engine_id)
         for peer in welcome.peers:
             self._meet_peer(peer)
+        if self._stopping.is_set():
+            self._send_to_router(Leaving())
         logger.info("joined router %s", welcome.epoch)
 
     # ------------------------------------------------------------------------------------ work

@@ -112,13 +112,17 @@ class Registry:
         candidates = for_prompt + [w for w in for_all if w.role == "unified"] or for_all
         return min(candidates, key=lambda w: (w.assigned_tokens, len(w.assigned)), default=None)
 
-    def pick_decode(self, num_tokens: int) -> WorkerEntry | None:
-        """A decode worker with room for `num_tokens`, or else the one with the fewest requests."""
+    def pick_decode(self, num_tokens: int, holder: str | None = None) -> WorkerEntry | None:
+        """A decode worker that can pull from `holder`, has room for `num_tokens` and the fewest requests.
+
+        The wishes count in this order: one that has no link yet, or no room, is better than none.
+        """
         workers = [worker for worker in self._able(num_tokens) if worker.role == "decode"]
 
-        def load(worker: WorkerEntry) -> tuple[bool, int, int]:
+        def load(worker: WorkerEntry) -> tuple[bool, bool, int, int]:
+            unlinked = holder is not None and holder not in worker.links
             full = worker.assigned_tokens + num_tokens > worker.capacity
-            return full, len(worker.assigned), worker.assigned_tokens
+            return unlinked, full, len(worker.assigned), worker.assigned_tokens
 
         return min(workers, key=load, default=None)
 

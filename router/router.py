@@ -209,7 +209,7 @@ class Router:
     def _place_decode(self, request: Request) -> None:
         """The KV cache is there: choose who pulls it, by the load of now."""
         assert request.lease is not None
-        worker = self._registry.pick_decode(request.max_total_tokens - 1)
+        worker = self._registry.pick_decode(request.max_total_tokens - 1, request.lease.engine_id)
         if worker is None:
             self._retry(request, "no decode worker is there")
             return

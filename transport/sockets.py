@@ -103,6 +103,7 @@ class PeerSocket(Generic[Incoming]):
     """A DEALER socket connected to one server.
 
     only_when_connected: refuse to send while there is no connection, instead of queueing.
+    watched: somebody awaits `connection_change`; events that nobody reads would block ZeroMQ in the end.
     """
 
     def __init__(
@@ -112,13 +113,15 @@ class PeerSocket(Generic[Incoming]):
         incoming: Any,
         *,
         only_when_connected: bool = False,
+        watched: bool = False,
     ) -> None:
         check_address(address)
         self._socket = _configure(context.socket(zmq.DEALER))
         self._socket.setsockopt(zmq.IMMEDIATE, int(only_when_connected))
-        self._monitor = self._socket.get_monitor_socket(
-            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
-        )
+        self._monitor: zmq.asyncio.Socket | None = None
+        if watched:
+            events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+            self._monitor = self._socket.get_monitor_socket(events)
         self._decoder: msgspec.msgpack.Decoder[Incoming] = msgspec.msgpack.Decoder(incoming)
         self._encoder = msgspec.msgpack.Encoder()
         try:
@@ -142,12 +145,14 @@ class PeerSocket(Generic[Incoming]):
 
     async def connection_change(self) -> bool:
         """Wait until the connection comes up (True) or goes down (False)."""
+        assert self._monitor is not None, "the socket is not watched"
         event = parse_monitor_message(await self._monitor.recv_multipart())
         return bool(event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED)
 
     def close(self) -> None:
-        self._socket.disable_monitor()
-        self._monitor.close(linger=0)
+        if self._monitor is not None:
+            self._socket.disable_monitor()
+            self._monitor.close(linger=0)
         self._socket.close(linger=LINGER_MS)
 
 

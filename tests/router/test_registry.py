@@ -110,6 +110,14 @@ def test_a_decode_worker_with_room_comes_before_one_with_fewer_requests() -> Non
     assert picked(registry.pick_decode(10)) == "0"  # both are full: the shorter queue
 
 
+def test_a_decode_worker_that_can_pull_comes_before_an_idle_one_that_cannot() -> None:
+    registry = registry_of(("decode", 4), ("decode", 4))
+    entry(registry, "1").links["holder"] = "posix"
+    entry(registry, "1").assigned.update(one=5, two=4 * BLOCK_SIZE)
+    assert picked(registry.pick_decode(10, "holder")) == "1"
+    assert picked(registry.pick_decode(10, "another holder")) == "0"
+
+
 @pytest.mark.parametrize("role", ["prefill", "decode", "unified"])
 def test_one_side_alone_runs_whole_requests(role: Role) -> None:
     registry = registry_of((role, 8))

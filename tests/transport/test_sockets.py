@@ -46,7 +46,7 @@ class Sockets:
         return server
 
     def peer(self, address: str, **options: Any) -> PeerSocket[PeerReply]:
-        peer = PeerSocket[PeerReply](self.context, address, PeerReply, **options)
+        peer = PeerSocket[PeerReply](self.context, address, PeerReply, watched=True, **options)
         self._open.append(peer)
         return peer
 

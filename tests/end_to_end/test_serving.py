@@ -23,6 +23,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="module")
+def lasting_cluster(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    with disaggregated(model, tmp_path_factory.mktemp("logs"), *FLOAT32) as deployment:
+        yield deployment
+
+
+@pytest.fixture
+def shared_cluster(lasting_cluster: Deployment) -> Iterator[Deployment]:
+    """For tests that leave the processes as they are."""
+    yield lasting_cluster
+    lasting_cluster.wait_baseline()
+
+
 @pytest.fixture
 def cluster(model: Path, tmp_path: Path) -> Iterator[Deployment]:
     with disaggregated(model, tmp_path, *FLOAT32) as deployment:
@@ -41,9 +54,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def test_64_streams_at_once_give_the_answers_of_one_by_one(cluster: Deployment) -> None:
+def test_64_streams_at_once_give_the_answers_of_one_by_one(shared_cluster: Deployment) -> None:
     prompts = random_prompts(64, 120)
-    with Client(cluster.client_address) as client, ThreadPoolExecutor(64) as threads:
+    with Client(shared_cluster.client_address) as client, ThreadPoolExecutor(64) as threads:
 
         def stream(item: tuple[int, list[int]]) -> Completion:
             seed, prompt = item
@@ -63,9 +76,9 @@ def test_64_streams_at_once_give_the_answers_of_one_by_one(cluster: Deployment) 
     assert all(a.transfer is not None and "tcp" not in a.transfer.lanes for a in at_once)
 
 
-def test_one_get_per_run_of_consecutive_blocks(cluster: Deployment) -> None:
-    """In fresh pools a prompt is one run on both sides, however long: one GET moves all of it."""
-    with Client(cluster.client_address) as client:
+def test_one_get_per_run_of_consecutive_blocks(shared_cluster: Deployment) -> None:
+    """In empty pools a prompt is one run on both sides, however long: one GET moves all of it."""
+    with Client(shared_cluster.client_address) as client:
         for length in (1, 16, 17, 300):
             completion = client.generate(list(range(10, 310))[:length], max_tokens=2, temperature=0)
             assert completion.transfer is not None
@@ -162,20 +175,19 @@ def test_without_a_worker_that_can_go_on_the_request_fails_with_a_reason(model: 
                 client.generate("the cat")
 
 
-def test_cancelled_and_overdue_requests_free_their_blocks(cluster: Deployment) -> None:
-    with Client(cluster.client_address) as client:
+def test_cancelled_and_overdue_requests_free_their_blocks(shared_cluster: Deployment) -> None:
+    with Client(shared_cluster.client_address) as client:
         with pytest.raises(TimedOut):
             client.generate("the cat", max_tokens=1000, temperature=0, ignore_eos=True, timeout=0.2)
         for _ in range(20):
             with client.stream("the cat", max_tokens=1000, temperature=0, ignore_eos=True) as stream:
                 next(stream)
-        cluster.wait_baseline()
+        shared_cluster.wait_baseline()
     # Clients that vanish with streams open.
     for _ in range(5):
-        client = Client(cluster.client_address)
+        client = Client(shared_cluster.client_address)
         next(client.stream("the dog", max_tokens=1000, temperature=0, ignore_eos=True))
         client.close()
-    cluster.wait_baseline()
 
 
 def test_bad_requests_are_refused_with_the_limit_and_hurt_nobody(model: Path, tmp_path: Path) -> None:

@@ -6,13 +6,19 @@ UCX ?= cu12
 PACKAGES = cli router client engine models triton_kernels transport bench
 BIN = $(VENV)/bin
 
-.PHONY: run test lint clean
+SYSTEM_UCX ?= /usr/lib/x86_64-linux-gnu/libucp.so.0
+
+.PHONY: run test test-system-ucx lint clean
 
 run: $(VENV)/installed-run
 	$(BIN)/pdengine demo
 
 test: lint
 	$(BIN)/python -m pytest
+
+# The tests of the UCX binding once more, with the system's library instead of the wheel's.
+test-system-ucx: $(VENV)/installed-test
+	PDENGINE_UCX_LIB=$(SYSTEM_UCX) $(BIN)/python -m pytest tests/transport/test_ucx_*.py
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ from pdengine.transport import ucx_library as ucx
 from pdengine.transport.transfer import TransferError
 from pdengine.transport.ucx_library import UcxLibrary
 
+FIRST_VERSION_THAT_CLOSES_SAFELY = (1, 16)
 _LANE = re.compile(r"lane\[\d+\]:\s+\d+:(\S+)\.\d+\s+md\[")
 
 
@@ -134,7 +135,13 @@ class UcxWorker:
         return parse_lanes(report)
 
     def close(self) -> None:
-        """Release everything. All endpoints must be closed and all remote keys destroyed."""
+        """Release everything. All endpoints must be closed and all remote keys destroyed.
+
+        Not with the oldest versions: they can crash here when replies to a reader that has left are still
+        queued, and a process closes its transfer only when it ends.
+        """
+        if self._library.version < FIRST_VERSION_THAT_CLOSES_SAFELY:
+            return
         for memory in self._mapped:
             self._ucp.ucp_mem_unmap(self._context, self._pointer(memory))
         self._ucp.ucp_worker_destroy(self._worker)

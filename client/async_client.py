@@ -30,6 +30,7 @@ from pdengine.transport.messages import (
     Finished,
     Generate,
     GetStatus,
+    Inquire,
     Message,
     Prompt,
     RouterToClient,
@@ -42,6 +43,7 @@ from pdengine.transport.sockets import PeerSocket, SendFailed
 
 CONNECT_SECONDS = 10.0
 STATUS_SECONDS = 10.0
+INQUIRE_SECONDS = 15.0  # of silence, until a request asks whether the router still has it
 GRACE_SECONDS = 5.0  # beyond a request's own timeout, for the router's answer to arrive
 
 Reply: TypeAlias = RouterToClient | GenerateError
@@ -158,7 +160,8 @@ class AsyncClient:
         tag, replies = self.open()
         try:
             self.send(GetStatus(tag))
-            reply = await asyncio.wait_for(replies.get(), STATUS_SECONDS)
+            async with asyncio.timeout(STATUS_SECONDS):
+                reply = await replies.get()
         except TimeoutError:
             raise RouterUnavailable(f"no answer from the router at {self.address}") from None
         finally:
@@ -198,7 +201,8 @@ class AsyncClient:
         if self._closed:
             raise RuntimeError("the client is closed")
         try:
-            await asyncio.wait_for(self._connected.wait(), self._connect_timeout)
+            async with asyncio.timeout(self._connect_timeout):
+                await self._connected.wait()
         except TimeoutError:
             raise RouterUnavailable(f"no router answers at {self.address}") from None
 
@@ -307,11 +311,7 @@ class AsyncStream:
     async def _next_delta(self) -> Delta | None:
         """The next piece of the answer, or None after the last. Raises what the request ended with."""
         while self._finished is None:
-            remaining = None if self._give_up_at is None else self._give_up_at - monotonic()
-            try:
-                reply = await asyncio.wait_for(self._replies.get(), remaining)
-            except TimeoutError:
-                raise TimedOut(f"no answer within {self._timeout:g} s") from None
+            reply = await self._next_reply()
             match reply:
                 case messages.Delta(_, text, token_ids):
                     return Delta(text, token_ids)
@@ -332,6 +332,25 @@ class AsyncStream:
                 case Accepted():
                     continue
         return None
+
+    async def _next_reply(self) -> Reply:
+        """Wait for the router's next word; after a silence ask it whether it still has the request.
+
+        It drops the requests of a client that did not read for long, for instance while it was stopped.
+        """
+        while True:
+            seconds = INQUIRE_SECONDS
+            if self._give_up_at is not None:
+                seconds = min(seconds, self._give_up_at - monotonic())
+            try:
+                # Not wait_for: in Python 3.11 it swallows a cancellation that meets a reply.
+                async with asyncio.timeout(seconds):
+                    return await self._replies.get()
+            except TimeoutError:
+                if self._give_up_at is not None and self._give_up_at <= monotonic():
+                    raise TimedOut(f"no answer within {self._timeout:g} s") from None
+            assert self._tag is not None
+            self._client.send(Inquire(self._tag))
 
 
 def to_prompt(prompt: PromptLike) -> Prompt:

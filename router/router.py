@@ -41,6 +41,7 @@ from pdengine.transport.messages import (
     Heartbeat,
     HeartbeatReply,
     Hello,
+    Inquire,
     LeasesRenewed,
     Leaving,
     Left,
@@ -132,6 +133,10 @@ class Router:
                     request = self._ledger.find(client, tag)
                     if request is not None:
                         self._abort(request, "cancelled")
+                case Inquire(tag):
+                    if self._ledger.find(client, tag) is None:
+                        reason = "the router gave the request up because its client did not read"
+                        self._send_to_client(client, Failed(tag, reason))
                 case GetStatus(tag):
                     workers = self._registry.statuses(monotonic())
                     self._send_to_client(client, Status(tag, self._epoch, workers, len(self._ledger)))

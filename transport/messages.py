@@ -4,7 +4,7 @@ The structs are tagged unions of msgspec (https://jcristharif.com/msgspec): deco
 what does not decode is an error of the sender, never of this process. Durations are in seconds and are
 durations: no clock reading ever crosses the wire.
 
-    client  -> router   Generate, Cancel, GetStatus
+    client  -> router   Generate, Cancel, Inquire, GetStatus
     router  -> client   Accepted, Delta, Status, and one Outcome per request
     worker  -> router   Hello, Heartbeat, Leaving, Left, PeerLink, Prefilled, DecodeAccepted, Pulled,
                         StepTokens, WorkFailed, LeasesRenewed
@@ -141,6 +141,12 @@ class Cancel(Message, frozen=True):
     tag: int
 
 
+class Inquire(Message, frozen=True):
+    """Is this request still in flight? If it is not, the answer is Failed; otherwise there is none."""
+
+    tag: int
+
+
 class GetStatus(Message, frozen=True):
     tag: int
 
@@ -214,7 +220,7 @@ class Status(Message, frozen=True):
     requests: int
 
 
-ClientToRouter = Generate | Cancel | GetStatus
+ClientToRouter = Generate | Cancel | Inquire | GetStatus
 RouterToClient = Accepted | Delta | Finished | Rejected | Aborted | Failed | Malformed | Status
 
 

@@ -225,6 +225,24 @@ def test_timed_out(client: Client, router: RouterThread) -> None:
 
 
 @on_event_loop
+async def test_a_request_that_the_router_dropped_fails_after_a_silence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As after a client was stopped for so long that its queue in the router was full."""
+    monkeypatch.setattr("pdengine.client.async_client.INQUIRE_SECONDS", 0.05)
+    async with running_cluster() as cluster:
+        worker = await cluster.worker("unified")
+        async with AsyncClient(cluster.router.client_address) as client:
+            stream = client.stream([THE, RED], max_tokens=8)
+            waiting = asyncio.create_task(anext(stream))
+            await worker.expect(PrefillAndDecode)
+            [request] = cluster.router._ledger
+            cluster.router._forget(request)
+            with pytest.raises(Failed, match="gave the request up"):
+                await asyncio.wait_for(waiting, DEADLINE_SECONDS)
+
+
+@on_event_loop
 async def test_a_router_that_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pdengine.client.async_client.GRACE_SECONDS", 0.05)
     async with running_cluster() as cluster:

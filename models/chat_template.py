@@ -1,21 +1,48 @@
 """Chat templates: the jinja2 programs that ship with a checkpoint and turn messages into a prompt.
 
 They get the environment that transformers gives them, in jinja2's immutable sandbox, because a checkpoint is
-somebody else's code.
+somebody else's code; and a bounded time, because the sandbox does not end endless loops.
 """
 
 import json
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from time import monotonic
 from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
+from jinja2.lexer import (
+    TOKEN_BLOCK_BEGIN,
+    TOKEN_BLOCK_END,
+    TOKEN_LPAREN,
+    TOKEN_NAME,
+    TOKEN_RPAREN,
+    TOKEN_VARIABLE_BEGIN,
+    TOKEN_VARIABLE_END,
+    Token,
+    TokenStream,
+)
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from pdengine.models.checkpoint import CheckpointError, JsonFields, read_json
+
+DEFAULT_TEMPLATE = "default"
+RENDER_SECONDS = 10.0  # a prompt of a million tokens takes less than one
+SPECIAL_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "pad_token",
+    "sep_token",
+    "cls_token",
+    "mask_token",
+)
 
 
 class ChatTemplateError(ValueError):
@@ -37,7 +64,10 @@ class ChatTemplate:
             raise self._error(error, error.lineno) from error
 
     def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
-        """The prompt for `messages`. Raises ChatTemplateError, with the line, when the template fails."""
+        """The prompt for `messages`; `add_generation_prompt` opens the assistant's answer at its end.
+
+        Raises ChatTemplateError, with the line, when the template fails or takes longer than RENDER_SECONDS.
+        """
         try:
             return self._template.render(
                 messages=[dict(message) for message in messages],
@@ -45,6 +75,7 @@ class ChatTemplate:
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
+                **{_Deadline.function: _deadline(RENDER_SECONDS)},
             )
         except Exception as error:  # a template can fail in any way that Python can
             raise self._error(error, _template_line(error)) from error
@@ -53,6 +84,66 @@ class ChatTemplate:
         place = f" at line {line}" if line is not None else ""
         reason = " ".join(str(error).split()) or type(error).__name__
         return ChatTemplateError(f"{self._origin}: chat template failed{place}: {reason}")
+
+
+def load_chat_templates(directory: Path) -> dict[str, ChatTemplate]:
+    """The chat templates of a checkpoint by name; a single one is named "default".
+
+    They are in `chat_template.jinja` and `additional_chat_templates/NAME.jinja`; else in `chat_template` of
+    `tokenizer_config.json`, one or a list of named ones; else in `chat_template.json`, as processors have it.
+    Raises CheckpointError for a broken file, ChatTemplateError for a template that does not compile.
+    """
+    config_path = directory / "tokenizer_config.json"
+    config = read_json(config_path) if config_path.exists() else JsonFields(config_path, {})
+    older_path = directory / "special_tokens_map.json"
+    special_tokens = _special_tokens(read_json(older_path)) if older_path.exists() else {}
+    special_tokens |= _special_tokens(config)
+    origins = {DEFAULT_TEMPLATE: directory / "chat_template.jinja"}
+    origins |= {path.stem: path for path in sorted(directory.glob("additional_chat_templates/*.jinja"))}
+    sources = {name: _read_text(path) for name, path in origins.items() if path.exists()}
+    if not sources:
+        legacy_path = directory / "chat_template.json"
+        fields = config
+        if config.values.get("chat_template") is None and legacy_path.exists():
+            fields = read_json(legacy_path)
+        sources = _templates_in(fields)
+        origins = dict.fromkeys(sources, fields.path)
+    return {name: ChatTemplate(sources[name], origins[name], special_tokens) for name in sources}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+
+
+def _templates_in(fields: JsonFields) -> dict[str, str]:
+    """The field `chat_template`: a string, or a list of objects with `name` and `template`."""
+    value = fields.values.get("chat_template")
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {DEFAULT_TEMPLATE: value}
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        named = {entry.get("name"): entry.get("template") for entry in value}
+        if all(isinstance(text, str) for text in [*named.keys(), *named.values()]):
+            return named
+    raise fields.error("chat_template", "must be a string, or a list of objects with name and template")
+
+
+def _special_tokens(fields: JsonFields) -> dict[str, str]:
+    """`bos_token` and its like: each a string, or an object whose `content` is one."""
+    tokens = {}
+    for name in SPECIAL_TOKENS:
+        value = fields.values.get(name)
+        content = value.get("content") if isinstance(value, dict) else value
+        if content is None:
+            continue
+        if not isinstance(content, str):
+            raise fields.error(name, "must be a string, or an object with a string content")
+        tokens[name] = content
+    return tokens
 
 
 def _template_line(error: Exception) -> int | None:
@@ -65,11 +156,12 @@ def _template_line(error: Exception) -> int | None:
 
 def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, _Deadline, loopcontrols]
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
+    environment.globals["namespace"] = _PublicNamespace
     return environment
 
 
@@ -92,6 +184,58 @@ def _raise_exception(message: str) -> NoReturn:
 
 def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
+
+
+class _PublicNamespace(Namespace):
+    """jinja2's own takes names such as `__class__`, through which a template could leave the sandbox."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # without `self`, so that a template may use that name
+        self, *rest = args
+        attributes = dict(*rest, **kwargs)
+        for name in attributes:
+            _refuse_private(name)
+        Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _refuse_private(name)
+        super().__setitem__(name, value)
+
+
+def _refuse_private(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace cannot have the attribute {name!r}")
+
+
+def _deadline(seconds: float) -> Callable[[], str]:
+    """A function that renders as nothing until `seconds` have passed, and fails from then on."""
+    end = monotonic() + seconds
+
+    def check() -> str:
+        if monotonic() > end:
+            raise jinja2.TemplateError(f"it takes longer than {seconds:g} s")
+        return ""
+
+    return check
+
+
+class _Deadline(Extension):
+    """Inserts a call of the deadline's check at the start of whatever can be run again and again."""
+
+    function = "_check_deadline"
+    repeated_tags = ("for", "macro", "call")
+
+    def filter_stream(self, stream: TokenStream) -> Iterable[Token]:
+        is_repeated = False
+        for token in stream:
+            yield token
+            if token.type == TOKEN_BLOCK_BEGIN:
+                is_repeated = stream.current.value in self.repeated_tags
+            elif token.type == TOKEN_BLOCK_END and is_repeated:
+                yield Token(token.lineno, TOKEN_VARIABLE_BEGIN, "{{")
+                yield Token(token.lineno, TOKEN_NAME, self.function)
+                yield Token(token.lineno, TOKEN_LPAREN, "(")
+                yield Token(token.lineno, TOKEN_RPAREN, ")")
+                yield Token(token.lineno, TOKEN_VARIABLE_END, "}}")
 
 
 class _GenerationTag(Extension):

@@ -1,4 +1,4 @@
-"""One decoder-only transformer for the Llama, Qwen2 and Qwen3 families; they differ by flags in ModelConfig.
+"""One decoder-only transformer for all supported families; they differ by flags in ModelConfig.
 
 The tokens of all sequences of a step are packed into one dimension, without padding. Projections run in the
 dtype of the weights; the residual stream, the norms, rope and the gate of the MLP stay in float32, which
@@ -39,7 +39,7 @@ class Decoder(nn.Module):
         `token_ids` and `positions` are `[tokens]` int64, in the order that `batch` describes. Returns the
         residual stream `[tokens, hidden_size]` float32, for `logits`.
         """
-        cos, sin = rope_cos_sin(positions, self.inverse_frequencies)
+        cos, sin = rope_cos_sin(positions, self.inverse_frequencies, self.config.rope.attention_factor)
         hidden: Tensor = self.embed_tokens(token_ids).to(torch.float32)
         for layer in self.layers:
             hidden = layer(hidden, cos, sin, kv_pool, batch)
@@ -78,6 +78,7 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.head_counts = (config.num_heads, config.num_kv_heads, config.num_kv_heads)  # q, k, v
         self.scale = config.head_dim**-0.5
+        self.uses_rope = layer not in config.layers_without_rope
         qkv_size = sum(self.head_counts) * config.head_dim
         attention_size = config.num_heads * config.head_dim
         self.qkv_proj = nn.Linear(config.hidden_size, qkv_size, bias=config.qkv_bias, dtype=dtype)
@@ -98,10 +99,10 @@ class Attention(nn.Module):
         query, key, value = qkv.split(self.head_counts, dim=1)  # each [tokens, its heads, head_dim]
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        query = apply_rope(query, cos, sin).to(dtype)
-        key = apply_rope(key, cos, sin).to(dtype)
-        store_kv(kv_pool, self.layer, key, value, batch)
-        attended = paged_attention(query, kv_pool, self.layer, batch, self.scale)
+        if self.uses_rope:
+            query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
+        store_kv(kv_pool, self.layer, key.to(dtype), value, batch)
+        attended = paged_attention(query.to(dtype), kv_pool, self.layer, batch, self.scale)
         output: Tensor = self.output_proj(attended.flatten(1))
         return output
 

@@ -1,34 +1,35 @@
 """Short digests by which processes find out whether they serve the same model; no torch."""
 
 import json
+import os
 from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
-from pdengine.models.checkpoint import CheckpointError, weight_files
+from pdengine.models.checkpoint import CheckpointError, open_regular_file, read_json, weight_files
 from pdengine.models.config import load_config
+from pdengine.models.safetensors_header import read_header
 
 DIGEST_BYTES = 16
 SAMPLE_BYTES = 4096
 SAMPLES_PER_TENSOR = 4
-LARGEST_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 
 def model_fingerprint(directory: Path) -> str:
     """Hex digest of what the config means and of tokenizer.json: what a router and its workers compare.
 
-    Two spellings of the same config agree. Raises CheckpointError when a file is missing or broken.
+    Two spellings of the same config agree. Raises CheckpointError when a file is missing or broken, or when
+    the tokenizer has token ids that the model has not.
     """
     directory = Path(directory)
-    config = json.dumps(asdict(load_config(directory)), sort_keys=True).encode()
+    config = load_config(directory)
     path = directory / "tokenizer.json"
-    try:
-        tokenizer = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    _check_token_ids(path, config.vocab_size)
+    with open_regular_file(path) as file:
+        tokenizer = file.read()
     digest = blake2b(digest_size=DIGEST_BYTES)
-    for part in (config, tokenizer):
+    for part in (json.dumps(asdict(config), sort_keys=True).encode(), tokenizer):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return digest.hexdigest()
@@ -42,39 +43,36 @@ def weights_fingerprint(directory: Path) -> str:
     """
     digest = blake2b(digest_size=DIGEST_BYTES)
     for path in weight_files(directory):
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        try:
-            with path.open("rb") as file:
-                header = _read_header(file)
-                digest.update(header)
-                for start, end in _tensor_ranges(header):
-                    for offset in _sample_offsets(start, end):
-                        file.seek(8 + len(header) + offset)
-                        digest.update(file.read(min(SAMPLE_BYTES, end - offset)))
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path}: damaged or not a safetensors file ({error})") from error
+        with open_regular_file(path) as file:
+            header, entries = read_header(file, path)
+            digest.update(f"{path.name}\0{os.fstat(file.fileno()).st_size}\0".encode())
+            digest.update(header)
+            for entry in entries.values():
+                for offset in _sample_offsets(entry.start, entry.end):
+                    file.seek(offset)
+                    digest.update(file.read(min(SAMPLE_BYTES, entry.end - offset)))
     return digest.hexdigest()
 
 
-def _read_header(file: BinaryIO) -> bytes:
-    """The JSON header: its length is in the first 8 bytes, little-endian (the safetensors format)."""
-    length = int.from_bytes(file.read(8), "little")
-    header = file.read(length) if length <= LARGEST_HEADER_BYTES else b""
-    if not 0 < len(header) == length:
-        raise ValueError("the header is cut off")
-    return header
-
-
-def _tensor_ranges(header: bytes) -> list[tuple[int, int]]:
-    """Where each tensor's bytes lie after the header, in the order of the file."""
-    entries = json.loads(header)
-    ranges = [entry["data_offsets"] for name, entry in entries.items() if name != "__metadata__"]
-    if not all(0 <= start <= end for start, end in ranges):
-        raise ValueError("a tensor ends before it starts")
-    return sorted((start, end) for start, end in ranges)
+def _check_token_ids(path: Path, vocab_size: int) -> None:
+    """The embedding has `vocab_size` rows: a larger id would be read from beyond its end."""
+    fields = read_json(path).values
+    model = fields.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    added = fields.get("added_tokens")
+    token_ids: list[Any] = []
+    if isinstance(vocabulary, dict):
+        token_ids += vocabulary.values()
+    elif isinstance(vocabulary, list):  # of Unigram: the position is the id
+        token_ids.append(len(vocabulary) - 1)
+    if isinstance(added, list):
+        token_ids += [token.get("id") for token in added if isinstance(token, dict)]
+    largest = max((token_id for token_id in token_ids if isinstance(token_id, int)), default=0)
+    if largest >= vocab_size:
+        raise CheckpointError(
+            f"{path}: it has token id {largest}, but vocab_size in config.json is {vocab_size}, so the two "
+            "are not of one model"
+        )
 
 
 def _sample_offsets(start: int, end: int) -> list[int]:

@@ -9,8 +9,13 @@ from typing import Any
 
 import tokenizers
 
-from pdengine.models.chat_template import ChatTemplate, ChatTemplateError
-from pdengine.models.checkpoint import CheckpointError, JsonFields, read_json
+from pdengine.models.chat_template import (
+    DEFAULT_TEMPLATE,
+    ChatTemplate,
+    ChatTemplateError,
+    load_chat_templates,
+)
+from pdengine.models.checkpoint import CheckpointError
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 # Tokens that may be held back because their text ends in U+FFFD: a character has at most four bytes.
@@ -20,18 +25,20 @@ MAX_HELD_TOKENS = 4
 class Tokenizer:
     """Use `Tokenizer.load(directory)`. Safe to share between threads."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, chat_template: ChatTemplate | None, name: str) -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, chat_templates: Mapping[str, ChatTemplate], name: str
+    ) -> None:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self._chat_template = chat_template
+        self._chat_templates = chat_templates
         self._name = name
         self._special_ids = {i for i, t in backend.get_added_tokens_decoder().items() if t.special}
         self._decoder_types = _decoder_types(backend)
 
     @classmethod
     def load(cls, directory: Path) -> "Tokenizer":
-        """Read tokenizer.json, and the chat template where there is one.
+        """Read tokenizer.json, and the chat templates where there are some.
 
         Raises CheckpointError for a missing or broken file, ChatTemplateError for a template that does not
         compile.
@@ -44,7 +51,7 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises no narrower type
             raise CheckpointError(f"{path}: not a valid tokenizer ({error})") from error
-        return cls(backend, _load_chat_template(directory), str(directory))
+        return cls(backend, load_chat_templates(directory), str(directory))
 
     @property
     def vocab_size(self) -> int:
@@ -58,17 +65,29 @@ class Tokenizer:
         """
         return self._encode(text, add_special_tokens=True)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        template: str = DEFAULT_TEMPLATE,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
         """Token ids of the prompt that asks for the assistant's next message.
 
         Only the template adds special tokens, so there is never a second BOS. Raises ChatTemplateError when
-        there is no template or it fails, ValueError for text that is not valid Unicode.
+        there is no such template or it fails, ValueError for text that is not valid Unicode.
         """
-        if self._chat_template is None:
+        if not self._chat_templates:
             raise ChatTemplateError(
                 f"{self._name}: the model has no chat template, so it only takes plain prompts"
             )
-        return self._encode(self._chat_template.render(messages), add_special_tokens=False)
+        if template not in self._chat_templates:
+            names = ", ".join(sorted(self._chat_templates))
+            raise ChatTemplateError(
+                f"{self._name}: no chat template is named {template!r}, there are {names}"
+            )
+        prompt = self._chat_templates[template].render(messages, add_generation_prompt=add_generation_prompt)
+        return self._encode(prompt, add_special_tokens=False)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`; ids that no token has, as in a padded vocabulary, have no text."""
@@ -205,41 +224,3 @@ def _decoder_types(backend: tokenizers.Tokenizer) -> list[str]:
     state: dict[str, Any] = json.loads(backend.decoder.__getstate__())
     steps: list[dict[str, Any]] = state["decoders"] if state["type"] == "Sequence" else [state]
     return [step["type"] for step in steps]
-
-
-def _load_chat_template(directory: Path) -> ChatTemplate | None:
-    """chat_template.jinja, else `chat_template` in tokenizer_config.json: a string or several named ones."""
-    config_path = directory / "tokenizer_config.json"
-    fields = read_json(config_path) if config_path.exists() else JsonFields(config_path, {})
-    special_tokens = _special_tokens(fields)
-    template_path = directory / "chat_template.jinja"
-    if template_path.exists():
-        try:
-            return ChatTemplate(template_path.read_text(encoding="utf-8"), template_path, special_tokens)
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{template_path}: cannot be read ({error})") from error
-    template = fields.values.get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-        if template is None:
-            raise fields.error("chat_template", 'must have a template named "default"')
-    if template is None:
-        return None
-    if not isinstance(template, str):
-        raise fields.error("chat_template", "must be a string or a list of named templates")
-    return ChatTemplate(template, config_path, special_tokens)
-
-
-def _special_tokens(fields: JsonFields) -> dict[str, str]:
-    """`bos_token` and its like: each a string, or an object whose `content` is one."""
-    tokens = {}
-    for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"):
-        value = fields.values.get(name)
-        content = value.get("content") if isinstance(value, dict) else value
-        if content is None:
-            continue
-        if not isinstance(content, str):
-            raise fields.error(name, "must be a string, or an object with a string content")
-        tokens[name] = content
-    return tokens

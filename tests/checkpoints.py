@@ -33,6 +33,19 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+_YARN_ROPE = {
+    "rope_theta": 1e6,
+    "rope_type": "yarn",
+    "factor": 8.0,
+    "original_max_position_embeddings": 128,
+}
+_LONGROPE = {  # its context ends at 512 tokens
+    "rope_theta": 1e4,
+    "rope_type": "longrope",
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
+    "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
+}
 _SHAPE = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,
@@ -52,9 +65,21 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-tied": ("Qwen2", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True, "rope_parameters": {"rope_theta": 1e6}}),
     "qwen3-biases": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
+    "llama-dynamic": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}),
+    "qwen3-yarn": ("Qwen3", {"head_dim": 32, "rope_parameters": _YARN_ROPE}),
+    "mistral-linear": (
+        "Mistral",
+        {
+            "sliding_window": None,
+            "head_dim": 32,
+            "rope_parameters": {"rope_theta": 1e6, "rope_type": "linear", "factor": 4.0},
+        },
+    ),
+    "phi3-longrope": ("Phi3", {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 512}),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1], "rope_parameters": {"rope_theta": 5e6}}),
 }
 # These keep the spelling of rope that checkpoints had before transformers 5.
-_OLD_ROPE_SPELLING = {"llama-gqa", "llama3-rope", "qwen2"}
+_OLD_ROPE_SPELLING = {"llama-gqa", "llama3-rope", "qwen2", "mistral-linear", "phi3-longrope"}
 
 FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
 
@@ -77,12 +102,15 @@ def write_checkpoint(
     token_ids = {
         "bos_token_id": tokenizer.token_to_id(BOS),
         "eos_token_id": [tokenizer.token_to_id(EOS), tokenizer.token_to_id(END_OF_TURN)],
+        "pad_token_id": None,  # some families have a default beyond our vocabulary
     }
     config_class = getattr(transformers, f"{architecture}Config")
     # transformers completes rope_parameters in place
     fields = json.loads(json.dumps({**_SHAPE, **token_ids, **options, **(overrides or {})}))
     model = getattr(transformers, f"{architecture}ForCausalLM")(config_class(**fields))
     _randomize(model, seed)
+    if architecture == "Phi3":
+        _sharpen_fused_attention(model)
     model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
     if family in _OLD_ROPE_SPELLING:
         _spell_rope_as_before(directory / "config.json")
@@ -143,10 +171,22 @@ def _randomize(model: torch.nn.Module, seed: int) -> None:
         parameter.data.copy_(noise)
 
 
+def _sharpen_fused_attention(model: torch.nn.Module) -> None:
+    """What `_randomize` does to q_proj and k_proj, for the rows of them in qkv_proj."""
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        value_size = attention.num_key_value_heads * attention.head_dim
+        attention.qkv_proj.weight.data[:-value_size] *= ATTENTION_GAIN / 1.2
+
+
 def _spell_rope_as_before(config_path: Path) -> None:
     config = json.loads(config_path.read_text())
     rope = config.pop("rope_parameters")
     config["rope_theta"] = rope.pop("rope_theta")
-    config["rope_scaling"] = rope if rope["rope_type"] != "default" else None
+    if "partial_rotary_factor" in rope:
+        config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+    if rope["rope_type"] == "linear":  # of the days when the field was called type
+        rope["type"] = rope.pop("rope_type")
+    config["rope_scaling"] = rope if rope.get("rope_type") != "default" else None
     config["torch_dtype"] = config.pop("dtype")
     config_path.write_text(json.dumps(config, indent=2))

@@ -85,11 +85,15 @@ def test_greedy_tokens_do_not_depend_on_the_batch(family, checkpoint_of, referen
     assert generated == expected
 
 
-def test_long_positions_with_llama3_rope(checkpoint_of, reference_of):
-    tokens = random_tokens(1000)
-    reference = reference_of(checkpoint_of("llama3-rope"))
-    actual = PagedModel(checkpoint_of("llama3-rope")).prompt_logits(tokens)
-    torch.testing.assert_close(actual, reference_logits(reference, tokens), atol=1e-4, rtol=0)
+@pytest.mark.parametrize(
+    "family", ["llama3-rope", "llama-dynamic", "qwen3-yarn", "mistral-linear", "phi3-longrope", "smollm3"]
+)
+def test_logits_up_to_the_context_limit(family, checkpoint_of, reference_of):
+    model, reference = PagedModel(checkpoint_of(family)), reference_of(checkpoint_of(family))
+    tokens = random_tokens(model.config.max_position_embeddings)
+    torch.testing.assert_close(
+        model.prompt_logits(tokens), reference_logits(reference, tokens), atol=1e-4, rtol=0
+    )
 
 
 def test_a_sequence_full_of_nan_does_not_touch_its_neighbours(checkpoint_of):

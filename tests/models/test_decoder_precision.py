@@ -21,7 +21,19 @@ def errors(logits: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("family", ["llama-mha", "llama3-tied", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama-mha",
+        "llama3-tied",
+        "qwen2",
+        "qwen3",
+        "mistral-linear",
+        "phi3-longrope",
+        "qwen3-yarn",
+        "smollm3",
+    ],
+)
 def test_error_against_float32(family, dtype, tmp_path, reference_of, record_property):
     """The maxima are averaged over 24 prompts, so that no single coin decides."""
     sums = {"ours": [0.0, 0.0], "theirs": [0.0, 0.0]}

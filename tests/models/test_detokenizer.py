@@ -10,7 +10,10 @@ from small_tokenizers import KINDS, TEXTS
 
 from pdengine.models.tokenizer import IncrementalDetokenizer, Tokenizer
 
-TOKENIZERS = {kind: Tokenizer(make(), None, kind) for kind, make in KINDS.items()}
+TOKENIZERS = {kind: Tokenizer(make(), {}, kind) for kind, make in KINDS.items()}
+
+# Those whose decoded text is the text that was encoded.
+LOSSLESS = ["byte-level", "metaspace", "gemma"]
 
 
 def stream(tokenizer, ids, cuts=(), prompt_ids=()):
@@ -35,7 +38,7 @@ def kinds_and_ids(draw):
     return kind, ids
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(kinds_and_ids(), st.lists(st.integers(0, 40), max_size=5))
 def test_pieces_of_any_ids_are_the_whole(case, cuts):
     kind, ids = case
@@ -60,15 +63,17 @@ def test_pieces_after_a_prompt_continue_its_text(kind, prompt, outputs):
     assert tokenizer.decode(prompt_ids) + "".join(stream(tokenizer, ids, prompt_ids=prompt_ids)) == whole
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.sampled_from(["byte-level", "metaspace"]), st.text(max_size=30).filter(is_plain))
+@settings(max_examples=400, deadline=None)
+@given(st.sampled_from(sorted(TOKENIZERS)), st.text(max_size=30).filter(is_plain))
 def test_no_piece_has_half_a_character(kind, text):
     tokenizer = TOKENIZERS[kind]
     ids = tokenizer.encode(text)
     detokenizer = IncrementalDetokenizer(tokenizer)
     pieces = [detokenizer.push([token_id]) for token_id in ids]
     assert not any("\ufffd" in piece for piece in pieces)
-    assert "".join([*pieces, detokenizer.finish()]) == tokenizer.decode(ids) == text
+    whole = "".join([*pieces, detokenizer.finish()])
+    assert whole == tokenizer.decode(ids)
+    assert whole == text or kind not in LOSSLESS
 
 
 def test_a_leading_space_survives_after_a_prompt_only():

@@ -19,6 +19,13 @@ MESSAGES = [
     {"role": "system", "content": " be brief "},
     {"role": "user", "content": "the cat & <b>the dog</b>\n\nnaïve 東京"},
 ]
+ADDED_TOKENS = [
+    f"special {EOS} inside",
+    "<tool> 東京都",
+    "a  <left>  b  <right>  c<|user|> \n d",
+    "the spaced out  spaced out a b",
+    "whole wholesome unwhole whole.",
+]
 TEMPLATES = {
     "llama-3": CHAT_TEMPLATE,
     "defined": "{{ tools is defined }}{{ tools }}{{ documents }}{% if not tools %}none{% endif %}",
@@ -66,7 +73,7 @@ def loaded(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("text", [*TEXTS, f"special {EOS} inside", "<tool> 東京都"])
+@pytest.mark.parametrize("text", [*TEXTS, *ADDED_TOKENS])
 def test_encode_and_decode_as_in_transformers(loaded, kind, text):
     ours, reference = loaded[kind]
     ids = ours.encode(text)
@@ -79,7 +86,7 @@ def test_encode_and_decode_as_in_transformers(loaded, kind, text):
 @settings(max_examples=100, deadline=None)
 @given(st.text(max_size=60))
 def test_byte_level_text_survives(text):
-    tokenizer = Tokenizer(small_bpe_tokenizer(), None, "small")
+    tokenizer = Tokenizer(small_bpe_tokenizer(), {}, "small")
     assert tokenizer.decode(tokenizer.encode(text)[1:], skip_special_tokens=False) == text
 
 
@@ -180,8 +187,6 @@ def test_templates_that_do_not_compile(directory, template):
     ("config", "sentence"),
     [
         ({"chat_template": 3}, "chat_template must be a string"),
-        ({"chat_template": [{"name": "rag", "template": "x"}]}, 'chat_template must have .*"default"'),
-        ({"chat_template": ["x"]}, 'chat_template must have .*"default"'),
         ({"bos_token": 5}, "bos_token must be a string"),
         ({"eos_token": {"content": [1]}}, "eos_token must be a string"),
         ([], "must hold a JSON object"),

@@ -55,18 +55,19 @@ def weights_fingerprint(directory: Path) -> str:
 
 
 def _check_token_ids(path: Path, vocab_size: int) -> None:
-    """The embedding has `vocab_size` rows: a larger id would be read from beyond its end."""
+    """The embedding has `vocab_size` rows, which a vocabulary of the same model does not exceed.
+
+    Added tokens may: fine-tuned checkpoints often have, say, a padding token without a row. Prompts that
+    use one are refused one by one.
+    """
     fields = read_json(path).values
     model = fields.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    added = fields.get("added_tokens")
     token_ids: list[Any] = []
     if isinstance(vocabulary, dict):
         token_ids += vocabulary.values()
     elif isinstance(vocabulary, list):  # of Unigram: the position is the id
         token_ids.append(len(vocabulary) - 1)
-    if isinstance(added, list):
-        token_ids += [token.get("id") for token in added if isinstance(token, dict)]
     largest = max((token_id for token_id in token_ids if isinstance(token_id, int)), default=0)
     if largest >= vocab_size:
         raise CheckpointError(

@@ -57,11 +57,13 @@ def tokenize(prompt: Prompt, tokenizer: Tokenizer, vocab_size: int) -> list[int]
     """
     match prompt:
         case TokenPrompt(token_ids):
-            check_token_ids("prompt", token_ids, vocab_size)
+            pass
         case TextPrompt() | ChatPrompt():
             token_ids = _encode(prompt, tokenizer)
     if not token_ids:
         raise InvalidRequest("prompt", "prompt is empty, it must have at least one token")
+    # Of text too: a tokenizer may have added tokens for which the model has no embedding.
+    check_token_ids("prompt", token_ids, vocab_size)
     return token_ids
 
 

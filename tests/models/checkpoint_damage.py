@@ -148,14 +148,6 @@ def larger_tokenizer(directory: Path) -> None:
     write_tokenizer(directory, backend)
 
 
-def add_token(directory: Path) -> None:
-    """One that the model's 384 rows of embedding do not reach."""
-    path = directory / "tokenizer.json"
-    fields = json.loads(path.read_text())
-    fields["added_tokens"].append({**fields["added_tokens"][0], "id": 384, "content": "<|beyond|>"})
-    path.write_text(json.dumps(fields))
-
-
 def unigram(directory: Path) -> None:
     pieces = [(f"piece{index}", -1.0) for index in range(385)]
     write_tokenizer(directory, Tokenizer(models.Unigram(pieces, unk_id=0)))
@@ -305,7 +297,6 @@ IN_SINGLE_FILE: dict[str, tuple[Damage, str]] = {
         "tokenizer.json: it has token id 499, but vocab_size in config.json is 384",
     ),
     "larger Unigram tokenizer": (unigram, "it has token id 384, but vocab_size in config.json is 384"),
-    "added token": (add_token, "it has token id 384, but vocab_size in config.json is 384"),
     # the file system
     "weights are a directory": (put_directory(WEIGHTS), "model.safetensors: not a regular file"),
     "config is a directory": (put_directory("config.json"), "config.json: not a regular file"),

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from checkpoints import VOCAB_SIZE
 from safetensors.torch import load_file, save_file
 
 from pdengine.models.checkpoint import CheckpointError
@@ -45,6 +46,16 @@ def test_the_tokenizer_counts_to_the_byte(checkpoint):
     (checkpoint / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
         model_fingerprint(checkpoint)
+
+
+def test_an_added_token_without_an_embedding_is_no_damage(checkpoint):
+    """Fine-tuned checkpoints have them; requests that use one are refused one by one."""
+    before = model_fingerprint(checkpoint)
+    path = checkpoint / "tokenizer.json"
+    fields = json.loads(path.read_text())
+    beyond = {**fields["added_tokens"][0], "id": VOCAB_SIZE, "content": "<|beyond|>"}
+    path.write_text(json.dumps({**fields, "added_tokens": [*fields["added_tokens"], beyond]}))
+    assert model_fingerprint(checkpoint) != before
 
 
 def test_a_change_in_any_tensor_shows(checkpoint):

@@ -129,6 +129,12 @@ def test_prompt_ids_outside_the_vocabulary(token_id: int) -> None:
     assert refusal(TokenPrompt([0, token_id])) == expected
 
 
+def test_text_with_a_token_that_the_model_has_no_embedding_for() -> None:
+    [*_, largest] = sorted(TOKENIZER.encode("The red violin"))
+    with pytest.raises(InvalidRequest, match=f"token id {largest}, the vocabulary is 0 to {largest - 1}"):
+        tokenize(TextPrompt("The red violin"), TOKENIZER, largest)
+
+
 HUGE = "x" * (MAX_TEXT_CHARACTERS + 1)
 
 

@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -18,6 +18,7 @@ from pdengine.engine.worker_config import StartupError
 from pdengine.transport.messages import Role, Status
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+LOOPBACK = "tcp://127.0.0.1:0"  # any free port
 READY_SECONDS = 600.0
 POLL_SECONDS = 0.1
 STOP_SECONDS = 10.0
@@ -44,7 +45,8 @@ class Child:
 class Cluster:
     """Start with `with Cluster(...) as cluster`, then `wait_ready`; leaving the block stops every process.
 
-    The children die with this process, however it dies. worker_arguments: options of every worker.
+    The children die with this process, however it dies. config: a file that they read, too. worker_arguments:
+    options of the workers of a role.
     """
 
     def __init__(
@@ -52,15 +54,16 @@ class Cluster:
         model_directory: Path,
         *,
         roles: Sequence[Role],
-        client_address: str = "tcp://127.0.0.1:0",
-        worker_arguments: Sequence[str] = (),
+        client_address: str = LOOPBACK,
+        config: Path | None = None,
+        worker_arguments: Mapping[Role, Sequence[str]] | None = None,
     ) -> None:
         if not roles:
             raise StartupError("a cluster needs at least one worker")
-        self._model = ["--model", str(model_directory)]
+        self._arguments = self.arguments_of(model_directory, config)
         self._roles = list(roles)
         self._client_address = client_address
-        self._worker_arguments = list(worker_arguments)
+        self._worker_arguments = worker_arguments or {}
         self._children: list[Child] = []
         self.client_address = ""
 
@@ -78,16 +81,24 @@ class Cluster:
         self.stop()
 
     def _start(self) -> None:
-        addresses = ["--client-address", self._client_address, "--worker-address", "tcp://127.0.0.1:0"]
-        router = self._spawn("router", ["router", *self._model, *addresses])
+        addresses = ["--client-address", self._client_address, "--worker-address", LOOPBACK]
+        router = self._spawn("router", ["router", *self._arguments, *addresses])
         assert router.process.stdout is not None
         match = LISTENING.search(router.process.stdout.readline())
         if match is None:
             raise ChildDied("router", router.process.wait())
         self.client_address, worker_address = match.groups()
         for role in self._roles:
-            arguments = [role, *self._model, "--router", worker_address, *self._worker_arguments]
-            self._spawn(role, arguments)
+            # The addresses in the environment or the file are meant for workers on several machines.
+            addresses = ["--router", worker_address, "--bind", LOOPBACK, "--advertise", LOOPBACK]
+            options = self._worker_arguments.get(role, ())
+            self._spawn(role, [role, *self._arguments, *addresses, *options])
+
+    @staticmethod
+    def arguments_of(model_directory: Path, config: Path | None) -> list[str]:
+        """What every process is told. A directory has no revision, whatever the environment says."""
+        arguments = ["--model", str(model_directory), "--revision", ""]
+        return arguments if config is None else [*arguments, "--config", str(config)]
 
     def wait_ready(self, stop: Event | None = None) -> Status | None:
         """Wait until every worker has joined and every decode worker can pull from every prefill worker.

@@ -12,10 +12,12 @@ from pdengine.cli.cluster import Cluster
 from pdengine.cli.options import errors_in_one_line
 from pdengine.client import Client, Completion
 from pdengine.models.demo.facts import DemoQuestion, checkpoint_directory, demo_questions
+from pdengine.transport.messages import Role
 
 SEED = 7
 NUM_FACTS = 32
 MAX_TOKENS = 8
+KV_MEMORY = "64MiB"  # plenty, so that it runs on any machine
 NANOSECONDS = 1e9
 
 
@@ -34,9 +36,10 @@ def demo() -> None:
     """Start a small cluster on this machine and ask it about every fact of one long prompt."""
     console = Console(highlight=False)
     questions = demo_questions(SEED, NUM_FACTS)
+    memory: dict[Role, list[str]] = {role: ["--kv-memory", KV_MEMORY] for role in ("prefill", "decode")}
     with errors_in_one_line():
         console.print("Starting a router, a prefill worker and a decode worker ...")
-        with Cluster(checkpoint_directory(), roles=["prefill", "decode"]) as cluster:
+        with Cluster(checkpoint_directory(), roles=list(memory), worker_arguments=memory) as cluster:
             cluster.wait_ready()
             console.print(
                 f"Each prompt is {NUM_FACTS} facts and a question about one of them, for instance:\n"

@@ -1,7 +1,6 @@
 """`pdengine generate`: one request from the command line."""
 
 from contextlib import ExitStack
-from pathlib import Path
 
 import click
 
@@ -9,6 +8,7 @@ from pdengine.cli.cluster import Cluster
 from pdengine.cli.options import errors_in_one_line
 from pdengine.client import Client
 from pdengine.client.results import PromptLike
+from pdengine.models.hub import resolve_model
 
 DEFAULT_ROUTER = "tcp://127.0.0.1:5555"
 
@@ -18,11 +18,10 @@ DEFAULT_ROUTER = "tcp://127.0.0.1:5555"
 @click.option("--router", "router_address", metavar="ADDRESS", help=f"A running router.  [{DEFAULT_ROUTER}]")
 @click.option(
     "--model",
-    "model_directory",
-    metavar="DIR",
-    type=click.Path(path_type=Path),
+    metavar="NAME_OR_DIR",
     help="Instead of a running router: start one with this checkpoint for the one request.",
 )
+@click.option("--revision", help="With --model: branch, tag or commit of a model on the hub.")
 @click.option("--max-tokens", type=int, default=128, show_default=True)
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--chat", is_flag=True, help="Put the prompt into the checkpoint's chat template.")
@@ -30,19 +29,21 @@ DEFAULT_ROUTER = "tcp://127.0.0.1:5555"
 def generate(
     prompt: str,
     router_address: str | None,
-    model_directory: Path | None,
+    model: str | None,
+    revision: str | None,
     max_tokens: int,
     temperature: float,
     chat: bool,
     stream: bool,
 ) -> None:
     """Print the answer to PROMPT."""
-    if router_address is not None and model_directory is not None:
+    if router_address is not None and model is not None:
         raise click.UsageError("--router and --model exclude each other")
     question: PromptLike = [{"role": "user", "content": prompt}] if chat else prompt
     with errors_in_one_line(), ExitStack() as stack:
-        if model_directory is not None:
-            cluster = stack.enter_context(Cluster(model_directory, roles=["unified"]))
+        if model is not None:
+            directory = resolve_model(model, revision=revision)
+            cluster = stack.enter_context(Cluster(directory, roles=["unified"]))
             cluster.wait_ready()
             router_address = cluster.client_address
         client = stack.enter_context(Client(router_address or DEFAULT_ROUTER))

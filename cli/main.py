@@ -2,7 +2,9 @@
 
 import click
 
+from pdengine.cli.config import config
 from pdengine.cli.demo import demo
+from pdengine.cli.doctor import doctor
 from pdengine.cli.generate import generate
 from pdengine.cli.serve import decode, prefill, router, unified
 from pdengine.cli.up import up
@@ -14,5 +16,5 @@ def main() -> None:
     """LLM inference with prefill and decode in separate processes."""
 
 
-for command in (router, prefill, decode, unified, up, generate, demo):
+for command in (router, prefill, decode, unified, up, generate, demo, config, doctor):
     main.add_command(command)

@@ -2,17 +2,17 @@
 
 import functools
 import logging
-import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from pdengine.cli.cluster import ChildDied
+from pdengine.cli.config_file import ENVIRONMENT_PREFIX, config_option
 from pdengine.client import GenerateError
+from pdengine.engine.memory import memory_bytes
 from pdengine.engine.worker_config import StartupError
 from pdengine.models.chat_template import ChatTemplateError
 from pdengine.models.checkpoint import CheckpointError
@@ -27,52 +27,68 @@ EXPECTED_ERRORS = (
     StartupError,
     TransferError,
 )
-UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-class ByteSize(click.ParamType[int]):
-    """`512MiB`, `4GiB`, `1.5TiB`, or a plain number of bytes."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]iB|B|)", value)
-        if match is None:
-            self.fail(f"{value!r} is not a size such as 512MiB or 4GiB", param, ctx)
-        return int(float(match[1]) * UNITS[match[2]])
+def option(
+    flag: str, *names: str, envvar: str | None = None, **settings: Any
+) -> Callable[[Function], Function]:
+    """A `click.option` that also reads PDENGINE_ and its name from the environment, or `envvar`."""
+    envvar = envvar or ENVIRONMENT_PREFIX + flag.removeprefix("--").replace("-", "_").upper()
+    return click.option(flag, *names, envvar=envvar, show_envvar=True, show_default=True, **settings)
 
 
-model_option = click.option(
-    "--model",
-    "model_directory",
-    required=True,
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    help="Checkpoint in the Hugging Face format.",
+def memory_size(text: str) -> str:
+    """A type of click's for sizes and shares of memory; they stay as written until the share is known."""
+    try:
+        memory_bytes(text, available=0)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+    return text
+
+
+def model_options(function: Function) -> Function:
+    """--config, --model and --revision."""
+    options = [
+        config_option,
+        option(
+            "--model",
+            required=True,
+            metavar="NAME_OR_DIR",
+            help="Checkpoint in the Hugging Face format: a directory, or the id of a model on the hub.",
+        ),
+        option("--revision", help="Branch, tag or commit of a model on the hub."),
+    ]
+    return _decorate(function, options)
+
+
+client_address_option = option(
+    "--client-address", metavar="ADDRESS", default="tcp://127.0.0.1:5555", help="Where clients connect."
 )
 
 
 def worker_options(function: Function) -> Function:
-    """What a worker can be told besides its role, its model and its router."""
+    """What a worker can be told besides its role, its model and its addresses."""
     options = [
-        click.option("--device", default="cpu", show_default=True, help="cpu; cuda:N is not supported yet."),
-        click.option("--dtype", help="float32, bfloat16 or float16; by default the checkpoint's."),
-        click.option(
-            "--kv-memory", type=ByteSize(), default="4GiB", show_default=True, help="Size of the KV cache."
+        option("--device", default="cpu", help="cpu; cuda:N is not supported yet."),
+        option("--dtype", help="float32, bfloat16 or float16; by default the checkpoint's."),
+        option(
+            "--kv-memory",
+            metavar="SIZE",
+            type=memory_size,
+            default="4GiB",
+            help="KV cache of one worker: a size, or a share such as 40% of the available memory.",
         ),
-        click.option("--block-size", type=int, default=16, show_default=True, help="Tokens per KV block."),
-        click.option(
-            "--max-batch-tokens", type=int, default=2048, show_default=True, help="Tokens per engine step."
-        ),
-        click.option(
-            "--max-requests", type=int, default=64, show_default=True, help="Requests that run at once."
-        ),
+        option("--block-size", type=int, default=16, help="Tokens per KV block."),
+        option("--max-batch-tokens", type=int, default=2048, help="Tokens per engine step."),
+        option("--max-requests", type=int, default=64, help="Requests that run at once."),
     ]
-    return functools.reduce(lambda decorated, option: option(decorated), reversed(options), function)
+    return _decorate(function, options)
+
+
+def _decorate(function: Function, options: Sequence[Callable[[Function], Function]]) -> Function:
+    return functools.reduce(lambda decorated, add: add(decorated), reversed(options), function)
 
 
 @contextmanager

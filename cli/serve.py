@@ -15,8 +15,17 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pdengine.cli.options import errors_in_one_line, log_to_stderr, model_option, worker_options
+from pdengine.cli.options import (
+    client_address_option,
+    errors_in_one_line,
+    log_to_stderr,
+    model_options,
+    option,
+    worker_options,
+)
+from pdengine.engine.memory import available_memory, memory_bytes
 from pdengine.engine.worker_config import WorkerConfig
+from pdengine.models.hub import resolve_model
 from pdengine.router.router import Router, RouterConfig
 from pdengine.transport.messages import Role
 
@@ -26,18 +35,17 @@ logger = logging.getLogger(__name__)
 
 
 @click.command()
-@model_option
-@click.option(
-    "--client-address", default="tcp://127.0.0.1:5555", show_default=True, help="Where clients connect."
-)
-@click.option(
-    "--worker-address", default="tcp://127.0.0.1:5556", show_default=True, help="Where workers connect."
-)
-def router(model_directory: Path, client_address: str, worker_address: str) -> None:
+@model_options
+@client_address_option
+@option("--worker-address", metavar="ADDRESS", default="tcp://127.0.0.1:5556", help="Where workers connect.")
+def router(
+    model: str, revision: str | None, client_address: str, worker_address: str, config: Path | None
+) -> None:
     """The front door: takes requests and gives them to workers."""
 
     async def serve() -> None:
-        server = Router(RouterConfig(model_directory, client_address, worker_address))
+        directory = resolve_model(model, revision=revision or None)
+        server = Router(RouterConfig(directory, client_address, worker_address))
         click.echo(
             f"listening for clients on {server.client_address}, for workers on {server.worker_address}"
         )
@@ -53,27 +61,43 @@ def router(model_directory: Path, client_address: str, worker_address: str) -> N
         asyncio.run(serve())
 
 
+def worker_config(
+    role: Role, *, model: str, revision: str | None, kv_memory: str, config: Path | None, **options: Any
+) -> WorkerConfig:
+    """The configuration that the options of a worker's command stand for.
+
+    Raises CheckpointError if there is no such model, StartupError for options that do not go.
+    """
+    return WorkerConfig(
+        role=role,
+        model_directory=resolve_model(model, revision=revision or None),
+        kv_memory=memory_bytes(kv_memory, available_memory()),
+        **options,
+    )
+
+
 def _worker_command(role: Role, help_text: str) -> click.Command:
     @click.command(name=role, help=help_text)
-    @model_option
-    @click.option("--router", "router_address", required=True, metavar="ADDRESS", help="tcp://HOST:5556")
-    @click.option(
+    @model_options
+    @option("--router", "router_address", required=True, metavar="ADDRESS", help="tcp://HOST:5556")
+    @option(
         "--bind",
         "bind_address",
+        metavar="ADDRESS",
         default="tcp://127.0.0.1:0",
-        show_default=True,
         help="Where other workers reach this one; port 0 is any free one.",
     )
-    @click.option(
+    @option(
         "--advertise",
         "advertise_address",
+        metavar="ADDRESS",
         help="What other workers are told instead of --bind. Its interface carries the KV cache.",
     )
     @worker_options
     def command(**options: Any) -> None:
         log_to_stderr(f"{role}[{os.getpid()}]")
         with errors_in_one_line():
-            config = WorkerConfig(role=role, **options)
+            config = worker_config(role, **options)
             from pdengine.engine.start_worker import run_worker  # loads torch, which takes seconds
 
             with _weights_progress() as progress:

@@ -1,58 +1,116 @@
 """`pdengine up`: a whole cluster on this machine."""
 
 import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import click
 
-from pdengine.cli.cluster import Cluster
-from pdengine.cli.options import errors_in_one_line, model_option, worker_options
+from pdengine.cli.cluster import LOOPBACK, Cluster
+from pdengine.cli.config_file import option_tables
+from pdengine.cli.options import (
+    Function,
+    client_address_option,
+    errors_in_one_line,
+    model_options,
+    option,
+    worker_options,
+)
+from pdengine.cli.serve import worker_config
+from pdengine.engine.memory import available_memory, check_memory, plan_memory
+from pdengine.engine.worker_config import WorkerConfig
+from pdengine.models.config import load_config
+from pdengine.models.hub import resolve_model
 from pdengine.transport.messages import Role
 
 
+def _count_option(role: Role, default: int) -> Callable[[Function], Function]:
+    # The names without UP would be taken for what a worker of that role is told.
+    envvar, help_text = f"PDENGINE_UP_{role.upper()}", f"{role.capitalize()} workers."
+    return option(f"--{role}", envvar=envvar, type=click.IntRange(0), default=default, help=help_text)
+
+
 @click.command()
-@model_option
-@click.option("--prefill", type=click.IntRange(0), default=1, show_default=True, help="Prefill workers.")
-@click.option("--decode", type=click.IntRange(0), default=1, show_default=True, help="Decode workers.")
-@click.option("--unified", type=click.IntRange(0), default=0, show_default=True, help="Unified workers.")
-@click.option(
-    "--client-address", default="tcp://127.0.0.1:5555", show_default=True, help="Where clients connect."
-)
+@model_options
+@_count_option("prefill", 1)
+@_count_option("decode", 1)
+@_count_option("unified", 0)
+@client_address_option
 @worker_options
-def up(
-    model_directory: Path, prefill: int, decode: int, unified: int, client_address: str, **options: Any
-) -> None:
-    """A router and its workers on this machine, until Ctrl-C."""
-    counts: dict[Role, int] = {"prefill": prefill, "decode": decode, "unified": unified}
-    roles = [role for role, count in counts.items() for _ in range(count)]
-    stop = Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    with (
-        errors_in_one_line(),
-        Cluster(
-            model_directory,
-            roles=roles,
+@click.pass_context
+def up(ctx: click.Context, /, model: str, revision: str | None, client_address: str, **_options: Any) -> None:
+    """A router and its workers on this machine, until Ctrl-C.
+
+    The options of workers hold for all of them. What is not given here they take from the environment and the
+    file, as if started by hand.
+    """
+    counts = worker_counts(ctx)
+    with errors_in_one_line():
+        directory = resolve_model(model, revision=revision or None)
+        cluster = Cluster(
+            directory,
+            roles=[role for role, count in counts.items() for _ in range(count)],
             client_address=client_address,
-            worker_arguments=worker_arguments(options),
-        ) as cluster,
-    ):
-        if cluster.wait_ready(stop) is None:
-            return
-        workers = ", ".join(f"{count} {role}" for role, count in counts.items() if count)
-        click.echo(f"ready: {workers} behind {cluster.client_address}")
-        click.echo(f'try:   pdengine generate "Once upon a time" --router {cluster.client_address}')
-        click.echo("stop:  Ctrl-C")
-        cluster.supervise(stop)
+            config=ctx.params["config"],
+            worker_arguments=_planned_arguments(ctx, directory, counts),
+        )
+        stop = Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
+        with cluster:
+            if cluster.wait_ready(stop) is None:
+                return
+            workers = ", ".join(f"{count} {role}" for role, count in counts.items() if count)
+            click.echo(f"ready: {workers} behind {cluster.client_address}")
+            click.echo(f'try:   pdengine generate "Once upon a time" --router {cluster.client_address}')
+            click.echo("stop:  Ctrl-C")
+            cluster.supervise(stop)
     click.echo("stopped", err=True)
 
 
-def worker_arguments(options: dict[str, Any]) -> list[str]:
-    """The options of `worker_options` as arguments of a worker's command."""
-    arguments: list[str] = []
-    for name, value in options.items():
-        if value is not None:
-            arguments += [f"--{name.replace('_', '-')}", str(value)]
+def worker_counts(ctx: click.Context) -> dict[Role, int]:
+    """How many workers of each role this context of `up` asks for."""
+    roles: tuple[Role, ...] = ("prefill", "decode", "unified")
+    return {role: ctx.params[role] for role in roles}
+
+
+def worker_arguments(ctx: click.Context) -> list[str]:
+    """The options of workers on the command line of `up`, as arguments of a worker's command."""
+    arguments = []
+    for key, worker_option in option_tables(ctx.find_root().command)["worker"].items():
+        source = ctx.get_parameter_source(worker_option.name or "")
+        if source == click.core.ParameterSource.COMMANDLINE:
+            arguments += [f"--{key}", str(ctx.params[worker_option.name])]
     return arguments
+
+
+def _planned_arguments(ctx: click.Context, directory: Path, counts: dict[Role, int]) -> dict[Role, list[str]]:
+    """The arguments of the workers of each role, with their KV memory in bytes.
+
+    A share is turned into bytes once, because what is available changes while other workers load. Raises
+    StartupError if the workers do not fit into the memory together.
+    """
+    available, model = available_memory(), load_config(directory)
+    plans, arguments = [], {}
+    for role, config in _configs(ctx, directory, counts):
+        plans += [plan_memory(config, model)] * counts[role]
+        arguments[role] = [*worker_arguments(ctx), "--kv-memory", f"{config.kv_memory}B"]
+    if plans:
+        check_memory(plans, available)
+    return arguments
+
+
+def _configs(
+    ctx: click.Context, directory: Path, counts: dict[Role, int]
+) -> Iterator[tuple[Role, WorkerConfig]]:
+    """What a worker of each role that is wanted will make of its arguments, the environment and the file."""
+    root = ctx.find_root()
+    assert isinstance(root.command, click.Group)
+    for role, count in counts.items():
+        if count:
+            arguments = [*Cluster.arguments_of(directory, ctx.params["config"]), "--router", LOOPBACK]
+            arguments += worker_arguments(ctx)
+            with root.command.commands[role].make_context(role, arguments, parent=root) as worker:
+                yield role, worker_config(role, **worker.params)

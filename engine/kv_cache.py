@@ -6,6 +6,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from pdengine.engine.memory import kv_block_bytes
 from pdengine.models.config import ModelConfig
 from pdengine.transport.regions import RegionDescriptor, describe_region
 
@@ -42,7 +43,7 @@ class KVCache:
 
 def block_bytes(model: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
     """Bytes of one block: keys and values of `block_size` tokens in all layers."""
-    return model.num_kv_heads * model.num_layers * 2 * block_size * model.head_dim * dtype.itemsize
+    return kv_block_bytes(model, block_size=block_size, item_bytes=dtype.itemsize)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -5,6 +5,7 @@ loading weights.
 """
 
 import asyncio
+import logging
 import signal
 from collections.abc import Callable
 from uuid import uuid4
@@ -14,19 +15,22 @@ import zmq.asyncio
 
 from pdengine.engine.block_pool import BlockPool
 from pdengine.engine.engine import Engine
-from pdengine.engine.kv_cache import LAYOUT, KVCache, block_bytes, dtype_name
+from pdengine.engine.kv_cache import LAYOUT, KVCache, dtype_name
+from pdengine.engine.memory import available_memory, check_memory, format_bytes, plan_memory
 from pdengine.engine.pulls import Pulls
 from pdengine.engine.runner import Runner
 from pdengine.engine.scheduler import Scheduler, SchedulerConfig
 from pdengine.engine.worker import Worker, WorkerParts
 from pdengine.engine.worker_config import StartupError, WorkerConfig
-from pdengine.models.config import ModelConfig, load_config
+from pdengine.models.config import load_config
 from pdengine.models.fingerprint import model_fingerprint, weights_fingerprint
 from pdengine.models.weights import load_decoder
 from pdengine.transport.messages import PROTOCOL_VERSION, Compatibility, PeerDescriptor, PeerRequest
 from pdengine.transport.sockets import ServerSocket, check_address, split_tcp_address
 from pdengine.transport.transfer import TransferEvent
 from pdengine.transport.ucx_transfer import UcxTransfer
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -39,8 +43,10 @@ def run_worker(config: WorkerConfig, *, progress: Callable[[int, int], None] | N
     """
     check_address(config.router_address)
     model_config = load_config(config.model_directory)
-    dtype = _dtype(config.dtype or model_config.dtype)
-    num_blocks = _num_blocks(config, model_config, dtype)
+    dtype = DTYPES[config.dtype or model_config.dtype]
+    plan, available = plan_memory(config, model_config), available_memory()
+    check_memory([plan], available)
+    num_blocks = plan.num_blocks
     context = zmq.asyncio.Context()
     peer_server = ServerSocket[PeerRequest](context, PeerRequest)
     control_address = _advertised(peer_server.bind(config.bind_address), config.advertise_address)
@@ -64,6 +70,7 @@ def run_worker(config: WorkerConfig, *, progress: Callable[[int, int], None] | N
         ucx=transfer.version,
     )
     device = torch.device(config.device)
+    logger.info("%s, %s available before", plan.describe(), format_bytes(available))
     model = load_decoder(config.model_directory, model_config, dtype=dtype, device=device, progress=progress)
     kv_cache = KVCache(model_config, num_blocks=num_blocks, block_size=config.block_size, dtype=dtype)
     descriptor = PeerDescriptor(
@@ -107,23 +114,6 @@ async def _serve(worker: Worker) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, worker.stop)
     await worker.run()
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise StartupError(f"dtype {name!r} is not supported; these are: {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def _num_blocks(config: WorkerConfig, model: ModelConfig, dtype: torch.dtype) -> int:
-    one = block_bytes(model, config.block_size, dtype)
-    num_blocks = config.kv_memory // one
-    if num_blocks < 1:
-        raise StartupError(
-            f"KV memory of {config.kv_memory} bytes is too small for one block of {config.block_size} "
-            f"tokens, which takes {one} bytes"
-        )
-    return num_blocks
 
 
 def _scheduler_config(config: WorkerConfig, num_blocks: int) -> SchedulerConfig:

@@ -94,11 +94,15 @@ class WorkerParts:
 
 @dataclass(eq=False)
 class Peer:
-    """A prefill worker that this worker can pull from. reconnect_at: set while the connection is broken."""
+    """A prefill worker that this worker pulls from.
+
+    lanes: of the connection, empty while there is none. reconnect_at: set once the connection is broken.
+    """
 
     descriptor: PeerDescriptor
     socket: PeerSocket[PeerReply]
     receiver: asyncio.Task[None]
+    lanes: str = ""
     reconnect_at: float | None = None
 
 
@@ -343,10 +347,13 @@ class Worker:
                 case PeerConnected(engine_id, lanes):
                     logger.info("connected to %s over %s", engine_id, lanes)
                     self._send_to_router(PeerLink(engine_id, lanes=lanes))
+                    if engine_id in self._peers:
+                        self._peers[engine_id].lanes = lanes
                 case PeerFailed(engine_id, reason):
                     logger.warning("no connection to %s: %s", engine_id, reason)
                     self._send_to_router(PeerLink(engine_id, error=reason))
                     if engine_id in self._peers:
+                        self._peers[engine_id].lanes = ""
                         self._peers[engine_id].reconnect_at = monotonic() + RECONNECT_SECONDS
                 case _:
                     if isinstance(event, Prefilled) and event.lease is not None:
@@ -422,7 +429,10 @@ class Worker:
     def _meet_peer(self, descriptor: PeerDescriptor) -> None:
         if self._parts.descriptor.role != "decode" or descriptor.role != "prefill":
             return
-        if descriptor.engine_id in self._peers:
+        known = self._peers.get(descriptor.engine_id)
+        if known is not None:
+            if known.lanes:  # a new router does not know that this worker is connected already
+                self._send_to_router(PeerLink(descriptor.engine_id, lanes=known.lanes))
             return
         socket = PeerSocket[PeerReply](self._parts.context, descriptor.control_address, PeerReply)
         receiver = asyncio.create_task(self._receive_from_peer(descriptor.engine_id, socket))

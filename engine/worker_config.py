@@ -5,6 +5,8 @@ from pathlib import Path
 
 from pdengine.transport.messages import Role
 
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of the dtypes that a worker computes in
+
 
 class StartupError(ValueError):
     """The process cannot start as asked; the message is one sentence for the person who asked."""
@@ -38,6 +40,8 @@ class WorkerConfig:
     def __post_init__(self) -> None:
         if self.device != "cpu":
             raise StartupError(f"device {self.device!r} is not supported yet; the one that is: cpu")
+        if self.dtype is not None and self.dtype not in ITEM_BYTES:
+            raise StartupError(f"dtype {self.dtype!r} is not supported; these are: {', '.join(ITEM_BYTES)}")
         if self.block_size < 1:
             raise StartupError(f"block size {self.block_size} must be at least 1")
         if self.max_batch_tokens < 1:

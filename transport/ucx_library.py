@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cffi
 
@@ -121,6 +121,7 @@ ucs_status_t ucp_config_modify(void *config, const char *name, const char *value
 void ucp_config_release(void *config);
 ucs_status_t ucp_init_version(
     unsigned major, unsigned minor, const ucp_params_t *params, const void *config, void **context);
+void ucp_context_print_info(void *context, void *stream);
 void ucp_cleanup(void *context);
 
 ucs_status_t ucp_worker_create(void *context, const ucp_worker_params_t *params, void **worker);
@@ -226,7 +227,17 @@ def load_ucx(path: Path | None = None) -> UcxLibrary:
     return UcxLibrary(path, ffi, ucp, ffi.dlopen(None), version)
 
 
+class UcxChoice(NamedTuple):
+    path: Path
+    reason: str  # continues "taken because"
+
+
 def find_ucx(environ: Mapping[str, str]) -> Path:
+    """The path of `choose_ucx`. Raises UcxNotFound."""
+    return choose_ucx(environ).path
+
+
+def choose_ucx(environ: Mapping[str, str]) -> UcxChoice:
     """The libucp to load: `PDENGINE_UCX_LIB`, the system's if it can use RDMA devices that are there, the
     libucx wheel's (built without RDMA), the system's.
 
@@ -236,15 +247,16 @@ def find_ucx(environ: Mapping[str, str]) -> Path:
     if configured := environ.get("PDENGINE_UCX_LIB"):
         if not Path(configured).is_file():
             raise UcxNotFound(f"PDENGINE_UCX_LIB is {configured!r}, which is not a file")
-        return Path(configured)
+        return UcxChoice(Path(configured), "PDENGINE_UCX_LIB names it")
     system = next(_system_libraries(environ), None)
     if system is not None and has_rdma(system):
-        return system
+        return UcxChoice(system, "it is the system's and drives the RDMA devices")
     wheel = _wheel_library()
     if wheel is not None:
-        return wheel
+        reason = "it is the libucx wheel's, and the system has none that drives RDMA devices"
+        return UcxChoice(wheel, reason)
     if system is not None:
-        return system
+        return UcxChoice(system, "it is the system's, and no libucx wheel is installed")
     raise UcxNotFound(
         "libucp was not found: install it with pip install 'pdengine[cu12]', or the distribution's libucx0"
     )

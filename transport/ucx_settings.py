@@ -65,7 +65,7 @@ def interface_of(host: str) -> str:
     except OSError as error:
         raise TransferError(f"the advertised host {host!r} cannot be resolved: {error}") from None
     wanted = {(family, socket.inet_pton(family, str(address[0]))) for family, _, _, _, address in resolved}
-    for interface, family, packed in _interface_addresses():
+    for interface, family, packed in interface_addresses():
         if (family, packed) in wanted:
             return interface
     raise TransferError(f"no network interface of this machine owns the advertised host {host!r}")
@@ -81,7 +81,7 @@ def rdma_ports(interface: str, devices: Path = INFINIBAND_DEVICES) -> list[str]:
     ]
 
 
-def _interface_addresses() -> list[tuple[str, socket.AddressFamily, bytes]]:
+def interface_addresses() -> list[tuple[str, socket.AddressFamily, bytes]]:
     """(interface, family, packed address) of every address of this machine, by getifaddrs(3)."""
     ffi = cffi.FFI()
     ffi.cdef(_INTERFACE_DECLARATIONS)

@@ -10,6 +10,7 @@ from pdengine.transport.transfer import TransferError
 from pdengine.transport.ucx_library import UcxLibrary
 
 FIRST_VERSION_THAT_CLOSES_SAFELY = (1, 16)
+_RESOURCE = re.compile(r"resource \d+\s*:.*?--\s*(\S+)")
 _LANE = re.compile(r"lane\[\d+\]:\s+\d+:(\S+)\.\d+\s+md\[")
 
 
@@ -125,14 +126,12 @@ class UcxWorker:
 
     def lanes(self, endpoint: int) -> str:
         """The transports of an endpoint's lanes as UCX reports them, e.g. "sysv, posix" or "tcp/eth0"."""
-        libc, ffi = self._library.libc, self._ffi
-        text, size = ffi.new("char **"), ffi.new("size_t *")
-        stream = libc.open_memstream(text, size)
-        self._ucp.ucp_ep_print_info(self._pointer(endpoint), stream)
-        libc.fclose(stream)
-        report = ffi.string(text[0]).decode(errors="replace")
-        libc.free(text[0])
-        return parse_lanes(report)
+        return parse_lanes(self._report(self._ucp.ucp_ep_print_info, self._pointer(endpoint)))
+
+    def transports(self) -> list[str]:
+        """What the settings leave of the transports, each with its device, e.g. "sysv/memory", "tcp/eth0"."""
+        report = self._report(self._ucp.ucp_context_print_info, self._context)
+        return list(dict.fromkeys(_RESOURCE.findall(report)))
 
     def close(self) -> None:
         """Release everything. All endpoints must be closed and all remote keys destroyed.
@@ -173,6 +172,17 @@ class UcxWorker:
         status = self._ucp.ucp_worker_create(self._context, parameters, worker)
         self._check(status, "ucp_worker_create")
         return worker[0]
+
+    def _report(self, print_info: Any, subject: Any) -> str:
+        """What one of UCX's functions for people prints about `subject`."""
+        libc, ffi = self._library.libc, self._ffi
+        text, size = ffi.new("char **"), ffi.new("size_t *")
+        stream = libc.open_memstream(text, size)
+        print_info(subject, stream)
+        libc.fclose(stream)
+        report: str = ffi.string(text[0]).decode(errors="replace")
+        libc.free(text[0])
+        return report
 
     def _pointer(self, address: int) -> Any:
         return self._ffi.cast("void *", address)

@@ -19,6 +19,7 @@ from pdengine.client import Client
 from pdengine.models.demo.facts import checkpoint_directory, demo_questions
 
 COMMAND = [sys.executable, "-m", "pdengine.cli"]
+SMALL = ("--kv-memory", "64MiB")  # the default does not fit into every machine that runs tests
 
 
 def run(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -51,9 +52,8 @@ def assert_refused(result: subprocess.CompletedProcess[str], *words: str) -> Non
 def worker(
     model: Path, *options: str, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    return run(
-        "prefill", "--model", str(model), "--router", "tcp://127.0.0.1:9", *options, environment=environment
-    )
+    arguments = ("--model", str(model), "--router", "tcp://127.0.0.1:9", *SMALL, *options)
+    return run("prefill", *arguments, environment=environment)
 
 
 def test_an_unknown_architecture_is_refused_by_name(model: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_port_in_use_is_named() -> None:
         address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
         model = str(checkpoint_directory())
         assert_refused(run("router", "--model", model, "--client-address", address), address, "in use")
-        result = run("up", "--model", model, "--client-address", address)
+        result = run("up", "--model", model, "--client-address", address, *SMALL)
         assert result.returncode != 0
         assert f"cannot listen on {address}" in result.stderr
         assert "Traceback" not in result.stderr
@@ -145,7 +145,8 @@ def test_a_worker_of_another_model_is_refused(model: Path, tmp_path: Path) -> No
 
 def test_generate_with_a_model_starts_what_it_needs() -> None:
     question = demo_questions(seed=3, num_facts=5)[2]
-    result = run("generate", question.prompt, "--model", str(checkpoint_directory()))
+    environment = {"PDENGINE_KV_MEMORY": "64MiB"}
+    result = run("generate", question.prompt, "--model", str(checkpoint_directory()), environment=environment)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == question.answer
 
@@ -165,7 +166,14 @@ def test_the_demo_gets_every_answer_right() -> None:
 def up(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """`pdengine up` with the demo model, ready."""
     log = tmp_path / "up.log"
-    arguments = ["up", "--model", str(checkpoint_directory()), "--client-address", "tcp://127.0.0.1:0"]
+    arguments = [
+        "up",
+        "--model",
+        str(checkpoint_directory()),
+        "--client-address",
+        "tcp://127.0.0.1:0",
+        *SMALL,
+    ]
     with log.open("w") as output:
         process = subprocess.Popen(
             [*COMMAND, *arguments], stdout=output, stderr=output, text=True, start_new_session=True

@@ -24,12 +24,12 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
         self.layers = nn.ModuleList(DecoderLayer(config, index, dtype) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head: nn.Linear | None = None  # tied models use embed_tokens instead
+        self.lm_head: Linear | None = None  # tied models use embed_tokens instead
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
         # A plain attribute: as a buffer it would follow `.to(dtype)` and lose its precision.
         self.inverse_frequencies = inverse_frequencies(config.rope, config.head_dim)
 
@@ -81,8 +81,8 @@ class Attention(nn.Module):
         self.uses_rope = layer not in config.layers_without_rope
         qkv_size = sum(self.head_counts) * config.head_dim
         attention_size = config.num_heads * config.head_dim
-        self.qkv_proj = nn.Linear(config.hidden_size, qkv_size, bias=config.qkv_bias, dtype=dtype)
-        self.output_proj = nn.Linear(
+        self.qkv_proj = Linear(config.hidden_size, qkv_size, bias=config.qkv_bias, dtype=dtype)
+        self.output_proj = Linear(
             attention_size, config.hidden_size, bias=config.attention_output_bias, dtype=dtype
         )
         self.query_norm: RMSNorm | None = None
@@ -112,10 +112,10 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(
+        self.gate_up_proj = Linear(
             config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias, dtype=dtype
         )
-        self.down_proj = nn.Linear(
+        self.down_proj = Linear(
             config.intermediate_size, config.hidden_size, bias=config.mlp_bias, dtype=dtype
         )
 
@@ -136,3 +136,18 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.to(torch.float32), self.weight.shape, self.weight, self.eps)
+
+
+class Linear(nn.Linear):
+    """Without torch's random initialization: the weights come from a file, and on the meta device drawing
+    numbers for nobody would import a second's worth of torch."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embedding(nn.Embedding):
+    """Without torch's random initialization; see Linear."""
+
+    def reset_parameters(self) -> None:
+        pass

@@ -52,9 +52,9 @@ def load_decoder(
         decoder = Decoder(config, dtype)
     sources = _check_headers(directory, config, _destinations(decoder))
 
-    decoder.to_empty(device=device)
+    _allocate(decoder, device)
     decoder.inverse_frequencies = decoder.inverse_frequencies.to(device)
-    decoder.requires_grad_(False).eval()
+    decoder.eval()
     destinations = _destinations(decoder)
     total_bytes = sum(entry.num_bytes for entries in sources.values() for entry in entries.values())
     done_bytes = 0
@@ -68,6 +68,17 @@ def load_decoder(
                 if progress is not None:
                     progress(done_bytes, total_bytes)
     return decoder
+
+
+def _allocate(decoder: Decoder, device: torch.device) -> None:
+    """Give every parameter memory on `device`, with undefined contents.
+
+    What `Module.to_empty` does, without the second that its meta-device path spends on imports.
+    """
+    for module in decoder.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            memory = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            setattr(module, name, nn.Parameter(memory, requires_grad=False))
 
 
 def _fill(destination: Tensor, file: BinaryIO, path: Path, entry: TensorEntry, buffer: Tensor) -> bool:

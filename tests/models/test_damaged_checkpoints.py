@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -78,7 +79,7 @@ def assert_one_sentence(message: str, directory: Path) -> None:
     assert message.startswith(str(directory))
     reason = message.removeprefix(str(directory))
     assert message.isprintable(), "one line"
-    assert ". " not in reason
+    assert re.search(r"\. [A-Z]", reason) is None, "one sentence"
     assert len(reason) < 400
     for internal in ("Error", "Errno", "Traceback", "serde", "object at 0x", "<class", "set_int_max"):
         assert internal not in reason

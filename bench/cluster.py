@@ -70,6 +70,8 @@ def _up() -> Iterator[tuple[subprocess.Popen[str], float, str]]:
             if match is not None:
                 address = match[1]
                 break
+        else:
+            raise SystemExit("pdengine up did not become ready; run it by hand to see why")
         yield process, monotonic() - started_at, address
     finally:
         process.send_signal(signal.SIGINT)

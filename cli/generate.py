@@ -47,7 +47,11 @@ def generate(
             cluster.wait_ready()
             router_address = cluster.client_address
         client = stack.enter_context(Client(router_address or DEFAULT_ROUTER))
-        answer = stack.enter_context(client.stream(question, max_tokens=max_tokens, temperature=temperature))
+        try:
+            answer = client.stream(question, max_tokens=max_tokens, temperature=temperature)
+        except ValueError as error:  # text that is not Unicode, a number beyond 64 bits
+            raise click.ClickException(str(error)) from error
+        stack.enter_context(answer)
         for delta in answer:
             if stream:
                 click.echo(delta.text, nl=False)

@@ -43,8 +43,7 @@ def router(
 ) -> None:
     """The front door: takes requests and gives them to workers."""
 
-    async def serve() -> None:
-        directory = resolve_model(model, revision=revision or None)
+    async def serve(directory: Path) -> None:
         server = Router(RouterConfig(directory, client_address, worker_address))
         click.echo(
             f"listening for clients on {server.client_address}, for workers on {server.worker_address}"
@@ -58,7 +57,8 @@ def router(
 
     log_to_stderr("router")
     with errors_in_one_line():
-        asyncio.run(serve())
+        # Outside the loop, where Ctrl-C ends a download at once.
+        asyncio.run(serve(resolve_model(model, revision=revision or None)))
 
 
 def worker_config(

@@ -304,7 +304,7 @@ class AsyncStream:
         if self._closed:
             raise Cancelled("the stream was closed")
         self._tag, self._replies = self._client.open()
-        if self._timeout is not None and math.isfinite(self._timeout):
+        if self._timeout is not None and math.isfinite(self._timeout) and self._timeout > 0:
             self._give_up_at = monotonic() + self._timeout + GRACE_SECONDS
         self._client.send(Generate(self._tag, self._prompt, self._sampling, self._timeout))
 

@@ -6,7 +6,6 @@ from math import prod
 import torch
 from torch import Tensor
 
-from pdengine.engine.memory import kv_block_bytes
 from pdengine.models.config import ModelConfig
 from pdengine.transport.regions import RegionDescriptor, describe_region
 
@@ -39,11 +38,6 @@ class KVCache:
             dtype=dtype_name(self.pool.dtype),
             base_address=self.pool.data_ptr(),
         )
-
-
-def block_bytes(model: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block: keys and values of `block_size` tokens in all layers."""
-    return kv_block_bytes(model, block_size=block_size, item_bytes=dtype.itemsize)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

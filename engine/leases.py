@@ -28,6 +28,7 @@ class GrantedLeases:
         return len(self._expires_at)
 
     def held(self) -> list[int]:
+        """Leases that have neither been released nor swept."""
         return list(self._expires_at)
 
     def grant(self, lease_id: int, now: float) -> None:

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import signal
 from collections.abc import Callable
+from concurrent.futures import Future
 from uuid import uuid4
 
 import torch
@@ -55,11 +56,10 @@ def run_worker(config: WorkerConfig, *, progress: Callable[[int, int], None] | N
     def deliver(event: TransferEvent) -> None:
         engine.post(event)
 
-    def on_transfer_died(error: BaseException) -> None:
-        worker.on_fatal(error)
+    died: Future[None] = Future()  # also if a thread dies before there is a worker
 
     host, _ = split_tcp_address(control_address)
-    transfer = UcxTransfer(deliver=deliver, on_fatal=on_transfer_died, advertise_host=host)
+    transfer = UcxTransfer(deliver=deliver, on_fatal=died.set_exception, advertise_host=host)
     compatibility = Compatibility(
         protocol=PROTOCOL_VERSION,
         model=model_fingerprint(config.model_directory),
@@ -103,6 +103,7 @@ def run_worker(config: WorkerConfig, *, progress: Callable[[int, int], None] | N
             peer_server=peer_server,
             transfer=transfer,
             engine=engine,
+            died=died,
         )
     )
     asyncio.run(_serve(worker))
@@ -131,6 +132,6 @@ def _advertised(bound: str, advertise: str | None) -> str:
     if advertise is not None:
         host, port = split_tcp_address(advertise)
         return f"tcp://{host}:{port or bound_port}"
-    if bound_host in ("0.0.0.0", "[::]"):
+    if bound_host == "0.0.0.0":
         raise StartupError(f"bound to {bound}, every interface: say by --advertise which one peers shall use")
     return bound

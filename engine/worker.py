@@ -5,12 +5,14 @@ transfer's thread moves bytes. If either dies the worker stops: nothing that it 
 """
 
 import asyncio
+import contextlib
 import logging
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import zmq.asyncio
@@ -53,10 +55,12 @@ from pdengine.transport.messages import (
     Prefill,
     PrefillAndDecode,
     Prefilled,
+    Pulled,
     Refused,
     ReleaseLeases,
     RenewLeases,
     RouterToWorker,
+    StepTokens,
     Welcome,
     Work,
     WorkFailed,
@@ -90,6 +94,14 @@ class WorkerParts:
     peer_server: ServerSocket[PeerRequest]
     transfer: Transfer
     engine: Engine
+    died: "Future[None]"  # gets the exception of a thread that dies
+
+
+class Uncovered(NamedTuple):
+    """A sequence whose lease was not confirmed yet; given up at `deadline` (time.monotonic())."""
+
+    sequence: Sequence
+    deadline: float
 
 
 @dataclass(eq=False)
@@ -121,13 +133,12 @@ class Worker:
         self._heartbeat_interval = HELLO_SECONDS
         self._granted = GrantedLeases(parts.lease_seconds)
         self._borrowed = BorrowedLeases()
-        self._uncovered: dict[BorrowedLease, Sequence] = {}  # wait for the first acknowledged renewal
+        self._uncovered: dict[BorrowedLease, Uncovered] = {}  # wait for the first acknowledged renewal
+        self._in_engine: set[str] = set()  # requests that were posted to the engine and have not ended
         self._peers: dict[str, Peer] = {}
         self._stopping = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None  # while running
-        self._error: WorkerDied | None = None
-        self._died = asyncio.Event()
 
     # ------------------------------------------------------------------------------------ life
 
@@ -171,28 +182,21 @@ class Worker:
 
     def on_fatal(self, error: BaseException) -> None:
         """A thread of this worker has died. May be called on any thread."""
-        self._call(self._die, error)
+        died = WorkerDied(f"{type(error).__name__}: {error}")
+        died.__cause__ = error
+        with contextlib.suppress(InvalidStateError):  # it is not the first, or the worker has stopped
+            self._parts.died.set_exception(died)
 
     def on_events(self, events: list[Event]) -> None:
         """Take the engine's events. Called on the engine thread."""
-        self._call(self._handle_events, events)
-
-    def _call(self, function: Callable[[Any], None], argument: Any) -> None:
         try:
             assert self._loop is not None
-            self._loop.call_soon_threadsafe(function, argument)
+            self._loop.call_soon_threadsafe(self._handle_events, events)
         except RuntimeError:
-            logger.debug("the loop is closed: %s is dropped", argument)
-
-    def _die(self, error: BaseException) -> None:
-        self._error = WorkerDied(f"{type(error).__name__}: {error}")
-        self._error.__cause__ = error
-        self._died.set()
+            logger.debug("the loop is closed: %d events are dropped", len(events))
 
     async def _raise_when_dead(self) -> None:
-        await self._died.wait()
-        assert self._error is not None
-        raise self._error
+        await asyncio.wrap_future(self._parts.died)
 
     def _run_engine(self) -> None:
         try:
@@ -211,8 +215,7 @@ class Worker:
                 continue
 
     def _is_idle(self) -> bool:
-        load = self._engine.load
-        return not (load.running or load.waiting or len(self._granted) or len(self._borrowed))
+        return not (self._in_engine or self._uncovered or len(self._granted) or len(self._borrowed))
 
     # ---------------------------------------------------------------------------------- router
 
@@ -272,13 +275,16 @@ class Worker:
                     logger.error("the router did not understand a message: %s", reason)
 
     def _join(self, welcome: Welcome) -> None:
-        """A router that welcomes this worker has given it nothing yet: whatever is here is of the past."""
+        """A router that welcomes this worker has given it nothing yet: whatever is here is of the past.
+
+        Only granted leases stay until they expire: somebody may still read what they cover.
+        """
         self._epoch = welcome.epoch
         self._heartbeat_interval = welcome.heartbeat_interval
         self._engine.post(AbortAll())
+        self._in_engine.clear()
         for borrowed in list(self._uncovered):
             self._drop_borrowed(borrowed)
-        self._release(self._granted.held())
         current = {peer.engine_id for peer in welcome.peers}
         for engine_id in [engine_id for engine_id in self._peers if engine_id not in current]:
             self._forget_peer(engine_id)
@@ -294,9 +300,13 @@ class Worker:
         sequence = Sequence.from_work(work, mode)
         refusal = self._refusal(sequence)
         if refusal is None:
-            self._engine.post(AddSequence(sequence))
+            self._start(sequence)
         else:
             self._send_to_router(refusal)
+
+    def _start(self, sequence: Sequence) -> None:
+        self._in_engine.add(sequence.request_id)
+        self._engine.post(AddSequence(sequence))
 
     def _take_leased(self, work: Work, lease: KVLease) -> None:
         """Queue the sequence as soon as the lease is known to cover it; renew the lease from now on."""
@@ -310,7 +320,7 @@ class Worker:
             return
         self._drop_uncovered(work.request_id)
         sequence.lease = self._borrowed.add(lease, work.request_id)
-        self._uncovered[sequence.lease] = sequence
+        self._uncovered[sequence.lease] = Uncovered(sequence, monotonic() + lease.duration)
         self._send_to_router(DecodeAccepted(work.request_id, work.attempt))
         self._renew_borrowed()
 
@@ -333,6 +343,7 @@ class Worker:
 
     def _abort(self, request_id: str) -> None:
         self._drop_uncovered(request_id)
+        self._in_engine.discard(request_id)
         self._engine.post(AbortRequest(request_id))
 
     def _drop_uncovered(self, request_id: str) -> None:
@@ -349,6 +360,7 @@ class Worker:
                     self._send_to_router(PeerLink(engine_id, lanes=lanes))
                     if engine_id in self._peers:
                         self._peers[engine_id].lanes = lanes
+                        self._peers[engine_id].reconnect_at = None
                 case PeerFailed(engine_id, reason):
                     logger.warning("no connection to %s: %s", engine_id, reason)
                     self._send_to_router(PeerLink(engine_id, error=reason))
@@ -356,9 +368,20 @@ class Worker:
                         self._peers[engine_id].lanes = ""
                         self._peers[engine_id].reconnect_at = monotonic() + RECONNECT_SECONDS
                 case _:
-                    if isinstance(event, Prefilled) and event.lease is not None:
-                        self._granted.grant(event.lease.lease_id, monotonic())
+                    self._note(event)
                     self._send_to_router(event)
+
+    def _note(self, event: Prefilled | Pulled | StepTokens | WorkFailed) -> None:
+        """Keep account of granted leases and of requests that end."""
+        match event:
+            case Prefilled(request_id, lease=lease):
+                if lease is not None:
+                    self._granted.grant(lease.lease_id, monotonic())
+                self._in_engine.discard(request_id)
+            case StepTokens(updates):
+                self._in_engine -= {update.request_id for update in updates if update.finish_reason}
+            case WorkFailed(request_id):
+                self._in_engine.discard(request_id)
 
     # ----------------------------------------------------------------- leases granted to others
 
@@ -390,6 +413,9 @@ class Worker:
                 logger.warning("lease %d has expired", lease_id)
                 self._engine.post(FreeLease(lease_id))
             self._renew_borrowed()
+            for borrowed in [b for b, uncovered in self._uncovered.items() if uncovered.deadline <= now]:
+                self._borrowed.remove(borrowed.lease)
+                self._lose_borrowed(borrowed, "the prefill worker did not confirm the lease on its KV cache")
             for peer in self._peers.values():
                 if peer.reconnect_at is not None and peer.reconnect_at <= now:
                     peer.reconnect_at = None
@@ -405,17 +431,18 @@ class Worker:
     def _take_renewal(self, engine_id: str, answer: LeasesRenewed) -> None:
         covered, lost = self._borrowed.acknowledge(engine_id, answer.sequence, answer.renewed, answer.lost)
         for borrowed in covered:
-            sequence = self._uncovered.pop(borrowed, None)
-            if sequence is not None:
-                self._engine.post(AddSequence(sequence))
+            uncovered = self._uncovered.pop(borrowed, None)
+            if uncovered is not None:
+                self._start(uncovered.sequence)
         for borrowed in lost:
             self._lose_borrowed(borrowed, "the lease on its KV cache has expired")
 
     def _lose_borrowed(self, borrowed: BorrowedLease, reason: str) -> None:
-        sequence = self._uncovered.pop(borrowed, None)
-        if sequence is None:
+        uncovered = self._uncovered.pop(borrowed, None)
+        if uncovered is None:
             self._engine.post(LoseLease(borrowed, reason))
         else:
+            sequence = uncovered.sequence
             self._send_to_router(WorkFailed(sequence.request_id, sequence.attempt, reason, retry=True))
 
     def _drop_borrowed(self, borrowed: BorrowedLease) -> None:

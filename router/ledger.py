@@ -88,3 +88,7 @@ class Ledger:
 
     def of_worker(self, engine_id: str) -> list[Request]:
         return [request for request in self._by_id.values() if request.worker == engine_id]
+
+    def of_holder(self, engine_id: str) -> list[Request]:
+        """Requests whose KV cache this worker holds for another one that has not pulled it yet."""
+        return [r for r in self._by_id.values() if r.lease is not None and r.lease.engine_id == engine_id]

@@ -19,6 +19,7 @@ from pdengine.transport.messages import (
 class WorkerEntry:
     """identity: of its connection. assigned: tokens of prompt and answer of every request that it has now,
     as the router knows it, which is newer than the last heartbeat. links: peers it can pull from -> lanes.
+    broken_links: peers that it has tried to pull from in vain.
     """
 
     identity: bytes
@@ -30,6 +31,7 @@ class WorkerEntry:
     leaving: bool = False
     assigned: dict[str, int] = field(default_factory=dict)
     links: dict[str, str] = field(default_factory=dict)
+    broken_links: set[str] = field(default_factory=set)
 
     @property
     def engine_id(self) -> str:
@@ -93,10 +95,16 @@ class Registry:
         del self._workers[engine_id]
         for worker in self._workers.values():
             worker.links.pop(engine_id, None)
+            worker.broken_links.discard(engine_id)
 
     def silent(self, now: float, timeout: float) -> list[WorkerEntry]:
         """Workers that were not heard of for `timeout` seconds."""
         return [worker for worker in self._workers.values() if worker.heard_at + timeout < now]
+
+    def forgive_silence(self, seconds: float) -> None:
+        """Count as if all workers had been heard `seconds` later."""
+        for worker in self._workers.values():
+            worker.heard_at += seconds
 
     # ------------------------------------------------------------------------------- placement
 
@@ -106,8 +114,8 @@ class Registry:
         Where one side of a disaggregated cluster is missing, the other side runs whole requests.
         """
         num_cached = num_tokens + max_tokens - 1  # at the end: the last token is never cached
-        can_decode = self.pick_decode(num_cached) is not None
-        for_prompt = [w for w in self._able(num_tokens) if can_decode and self.splits(w)]
+        prefills = [worker for worker in self._able(num_tokens) if self.splits(worker)]
+        for_prompt = [w for w in prefills if self.pick_decode(num_cached, w.engine_id) is not None]
         for_all = [w for w in self._able(num_cached) if not self.splits(w)]
         candidates = for_prompt + [w for w in for_all if w.role == "unified"] or for_all
         return min(candidates, key=lambda w: (w.assigned_tokens, len(w.assigned)), default=None)
@@ -117,7 +125,8 @@ class Registry:
 
         The wishes count in this order: one that has no link yet, or no room, is better than none.
         """
-        workers = [worker for worker in self._able(num_tokens) if worker.role == "decode"]
+        able = [worker for worker in self._able(num_tokens) if worker.role == "decode"]
+        workers = [worker for worker in able if holder not in worker.broken_links]
 
         def load(worker: WorkerEntry) -> tuple[bool, bool, int, int]:
             unlinked = holder is not None and holder not in worker.links
@@ -133,8 +142,11 @@ class Registry:
         return {"prefill", "decode"} <= roles
 
     def splits(self, worker: WorkerEntry) -> bool:
-        """Whether what `worker` is given now is decoded elsewhere."""
-        return worker.role == "prefill" and self.is_disaggregated
+        """Whether what `worker` is given now is decoded elsewhere: somebody must be able to pull it."""
+        return worker.role == "prefill" and any(
+            other.role == "decode" and not other.leaving and worker.engine_id not in other.broken_links
+            for other in self._workers.values()
+        )
 
     def _able(self, num_tokens: int) -> list[WorkerEntry]:
         return [w for w in self._workers.values() if not w.leaving and w.capacity >= num_tokens]

@@ -197,17 +197,19 @@ class Router:
     def _place(self, request: Request) -> None:
         """Give the request to a worker as a new attempt."""
         request.attempt += 1
+        request.transfer = None
         num_remaining = request.max_total_tokens - request.num_tokens
         worker = self._registry.pick_prefill(request.num_tokens, num_remaining)
         if worker is None:
             self._end(request, Failed(request.tag, "no worker is there to take the request"))
             return
         request.prefill_worker = worker.engine_id
-        request.decode_worker = "" if self._registry.splits(worker) else worker.engine_id
         if self._registry.splits(worker):
+            request.decode_worker = ""
             self._assign(request, worker, request.num_tokens)
             self._send_to_worker(worker, Prefill(request.work()))
         else:
+            request.decode_worker = worker.engine_id
             self._assign(request, worker, request.max_total_tokens)
             self._send_to_worker(worker, PrefillAndDecode(request.work()))
 
@@ -265,7 +267,7 @@ class Router:
         if known is not None and known.identity == identity:
             return  # it was welcomed already, and asked twice
         if known is not None:
-            self._lose_worker(known, "it has connected anew")
+            self._lose_workers([known], "it has connected anew")
         refusal = self._registry.refusal(hello)
         if refusal is not None:
             logger.warning(
@@ -315,22 +317,29 @@ class Router:
                 logger.info("%s worker %s is leaving", worker.role, worker.engine_id)
                 worker.leaving = True
             case Left():
-                self._lose_worker(worker, "it has left")
+                self._lose_workers([worker], "it has left")
 
-    def _lose_worker(self, worker: WorkerEntry, reason: str) -> None:
-        """Forget a worker and give what it had to others."""
-        logger.warning("%s worker %s is gone: %s", worker.role, worker.engine_id, reason)
-        self._registry.remove(worker.engine_id)
-        self._broadcast(PeerLeft(worker.engine_id))
-        for request in self._ledger.of_worker(worker.engine_id):
-            self._retry(request, f"the {worker.role} worker that had it is gone")
+    def _lose_workers(self, workers: list[WorkerEntry], reason: str) -> None:
+        """Forget workers, all of them first, and then give what they had to those that are left."""
+        for worker in workers:
+            logger.warning("%s worker %s is gone: %s", worker.role, worker.engine_id, reason)
+            self._registry.remove(worker.engine_id)
+        for worker in workers:
+            self._broadcast(PeerLeft(worker.engine_id))
+        for worker in workers:
+            for request in self._ledger.of_worker(worker.engine_id):
+                self._retry(request, f"the {worker.role} worker that had it is gone")
+            for request in self._ledger.of_holder(worker.engine_id):
+                self._retry(request, "the worker that held its KV cache is gone")
 
     def _take_link(self, worker: WorkerEntry, engine_id: str, lanes: str, error: str) -> None:
         if error:
             worker.links.pop(engine_id, None)
+            worker.broken_links.add(engine_id)
             logger.warning("worker %s cannot pull from %s: %s", worker.engine_id, engine_id, error)
         elif self._registry.get(engine_id) is not None:
             worker.links[engine_id] = lanes
+            worker.broken_links.discard(engine_id)
 
     def _broadcast(self, message: Message, but: str | None = None) -> None:
         for worker in self._registry:
@@ -351,8 +360,12 @@ class Router:
 
     def _take_token(self, update: TokenUpdate) -> None:
         request = self._ledger.current(update.request_id, update.attempt)
-        if request is not None and update.position == len(request.output_ids):
-            self._deliver(request, update.token_id, update.finish_reason)
+        if request is None or update.position < len(request.output_ids):
+            return
+        if update.position > len(request.output_ids):
+            self._retry(request, "tokens of its worker were lost")
+            return
+        self._deliver(request, update.token_id, update.finish_reason)
 
     def _take_prefilled(self, worker: WorkerEntry, message: Prefilled) -> None:
         request = self._ledger.current(message.request_id, message.attempt)
@@ -410,11 +423,18 @@ class Router:
                 self._send_to_worker(worker, RenewLeases(0, ids))
 
     async def _tick(self) -> None:
+        ticked_at = monotonic()
         while True:
             await asyncio.sleep(TICK_SECONDS)
             self._renew_leases()
-            for worker in self._registry.silent(monotonic(), self._config.silence_seconds):
-                self._lose_worker(worker, f"not heard of for {self._config.silence_seconds:g} s")
+            now = monotonic()
+            if now - ticked_at > 2 * TICK_SECONDS:
+                # This process stood still: heartbeats of that time are there and not read yet.
+                self._registry.forgive_silence(now - ticked_at)
+            else:
+                silence = self._config.silence_seconds
+                self._lose_workers(self._registry.silent(now, silence), f"not heard of for {silence:g} s")
+            ticked_at = now
 
     # ------------------------------------------------------------------------------------- end
 

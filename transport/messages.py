@@ -4,6 +4,7 @@ The structs are tagged unions of msgspec (https://jcristharif.com/msgspec): deco
 what does not decode is an error of the sender, never of this process. Durations are in seconds and are
 durations: no clock reading ever crosses the wire.
 
+    any     -> sender   Malformed
     client  -> router   Generate, Cancel, Inquire, GetStatus
     router  -> client   Accepted, Delta, Status, and one Outcome per request
     worker  -> router   Hello, Heartbeat, Leaving, Left, PeerLink, Prefilled, DecodeAccepted, Pulled,
@@ -255,8 +256,9 @@ class PeerDescriptor(msgspec.Struct, frozen=True):
 
 
 class Load(msgspec.Struct, frozen=True):
-    """running, waiting: requests. pinned_blocks: held by leases; quarantined_blocks: destinations of pulls
-    that have not ended. step_age: seconds since the engine loop last turned, while it has work; else 0.
+    """running, waiting: requests. pinned_blocks: of prompts computed for others, running or leased.
+    quarantined_blocks: destinations of pulls that have not ended. step_age: seconds since the engine loop
+    last turned, while a sequence can run; else 0.
     """
 
     num_blocks: int

@@ -62,7 +62,7 @@ def interface_of(host: str) -> str:
     """The network interface that owns the address of `host`. Raises TransferError if there is none."""
     try:
         resolved = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise TransferError(f"the advertised host {host!r} cannot be resolved: {error}") from None
     wanted = {(family, socket.inet_pton(family, str(address[0]))) for family, _, _, _, address in resolved}
     for interface, family, packed in interface_addresses():

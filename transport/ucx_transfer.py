@@ -65,7 +65,10 @@ class UcxTransfer:
         started: Future[bytes] = Future()
         self._thread = threading.Thread(target=self._run, args=(open_loop, started), name="ucx", daemon=True)
         self._thread.start()
-        self.worker_address = started.result(START_SECONDS)
+        try:
+            self.worker_address = started.result(START_SECONDS)
+        except TimeoutError:
+            raise TransferError(f"UCX did not start within {START_SECONDS:g} s") from None
         atexit.register(self.close)  # a daemon thread must not be in UCX while the interpreter goes away
 
     def register(self, region: RegionDescriptor) -> RegionDescriptor:

@@ -9,7 +9,8 @@ from math import prod
 import pytest
 import torch
 
-from pdengine.engine.kv_cache import DIMENSIONS, KVCache, block_bytes, dtype_name
+from pdengine.engine.kv_cache import DIMENSIONS, KVCache, dtype_name
+from pdengine.engine.memory import kv_block_bytes
 from pdengine.models.config import ModelConfig, RopeConfig
 from pdengine.transport.regions import Run, copy_ranges
 from pdengine.triton_kernels.attention import AttentionBatch, paged_attention, store_kv
@@ -112,7 +113,7 @@ def test_memory_that_no_sequence_used_is_not_resident() -> None:
     before = resident_bytes()
     cache = KVCache(config, num_blocks=BLOCKS_BEYOND_INT32, block_size=BLOCK_SIZE, dtype=torch.float32)
     cache.pool[-1] = 1.0
-    one = block_bytes(config, BLOCK_SIZE, torch.float32)
+    one = kv_block_bytes(config, block_size=BLOCK_SIZE, item_bytes=4)
     assert cache.pool.numel() * 4 == BLOCKS_BEYOND_INT32 * one
     assert resident_bytes() - before < 16 * one
 
@@ -124,7 +125,7 @@ def resident_bytes() -> int:
 
 def test_the_bytes_of_a_block() -> None:
     llama_8b = make_config(num_layers=32, num_kv_heads=8, head_dim=128)
-    assert block_bytes(llama_8b, 16, torch.bfloat16) == 2 * 2**20
+    assert kv_block_bytes(llama_8b, block_size=16, item_bytes=2) == 2 * 2**20
     cache = KVCache(llama_8b, num_blocks=2, block_size=16, dtype=torch.bfloat16)
     assert cache.describe().block_bytes == 2 * 2**20
     assert torch.equal(cache.pool, torch.zeros_like(cache.pool))

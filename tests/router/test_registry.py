@@ -118,6 +118,29 @@ def test_a_decode_worker_that_can_pull_comes_before_an_idle_one_that_cannot() ->
     assert picked(registry.pick_decode(10, "another holder")) == "0"
 
 
+def test_a_prefill_worker_that_nobody_can_pull_from_runs_whole_requests() -> None:
+    registry = registry_of(("prefill", 8), ("decode", 8), ("decode", 8))
+    prefill = entry(registry, "0")
+    entry(registry, "1").broken_links.add("0")
+    assert registry.splits(prefill)
+    assert picked(registry.pick_decode(10, "0")) == "2"
+    entry(registry, "2").broken_links.add("0")
+    assert not registry.splits(prefill)
+    assert registry.pick_decode(10, "0") is None
+    assert registry.pick_prefill(10, 10) is not None
+    entry(registry, "1").broken_links.clear()
+    assert registry.splits(prefill)
+
+
+def test_a_silence_of_our_own_is_forgiven() -> None:
+    registry = registry_of(("prefill", 8), ("decode", 8))
+    heard_at = entry(registry, "0").heard_at
+    assert len(registry.silent(heard_at + 7, timeout=5)) == 2
+    registry.forgive_silence(4)
+    assert registry.silent(heard_at + 7, timeout=5) == []
+    assert len(registry.silent(heard_at + 10, timeout=5)) == 2
+
+
 @pytest.mark.parametrize("role", ["prefill", "decode", "unified"])
 def test_one_side_alone_runs_whole_requests(role: Role) -> None:
     registry = registry_of((role, 8))

@@ -190,17 +190,60 @@ async def test_tokens_of_many_requests_in_one_message() -> None:
 
 
 @on_event_loop
-async def test_duplicate_and_early_positions_are_ignored() -> None:
+async def test_a_position_that_comes_again_is_ignored() -> None:
     async with running_cluster() as cluster:
         worker = await cluster.worker("unified")
         task, work = await cluster.start_request(worker)
         worker.send_tokens(work, VIOLIN)
         worker.send_tokens(work, RED)  # position 0 again
-        worker.send_tokens(work, RED, skip=2, finish_reason="stop")  # position 2 before 1
         worker.send_tokens(work, VIOLIN, skip=1, finish_reason="length")
         completion = await task
         assert completion.token_ids == [VIOLIN, VIOLIN]
         assert completion.finish_reason == "length"
+
+
+@on_event_loop
+async def test_a_gap_between_positions_is_a_failed_attempt() -> None:
+    async with running_cluster() as cluster:
+        worker = await cluster.worker("unified")
+        task, work = await cluster.start_request(worker)
+        worker.send_tokens(work, VIOLIN)
+        worker.send_tokens(work, RED, skip=2, finish_reason="stop")  # position 1 is lost
+        again = (await worker.expect(PrefillAndDecode)).work
+        assert (again.attempt, again.output_ids) == (work.attempt + 1, [VIOLIN])
+        worker.send_tokens(again, RED, finish_reason="stop")
+        assert (await task).token_ids == [VIOLIN, RED]
+
+
+@on_event_loop
+async def test_the_request_of_a_holder_that_is_gone_is_done_again() -> None:
+    """Its KV cache was not pulled yet: nobody may trust what is read from now on."""
+    async with running_cluster() as cluster:
+        prefill, decode = await cluster.pair()
+        task, work = await cluster.start_request(prefill)
+        prefill.send_prefilled(work, VIOLIN)
+        decoding = (await decode.expect(Decode)).work
+        decode.send_accepted(decoding)
+        prefill.send(Left())
+        await decode.expect(Abort, request_id=work.request_id)
+        again = (await decode.expect(PrefillAndDecode)).work
+        assert (again.attempt, again.output_ids) == (work.attempt + 1, [VIOLIN])
+        decode.send_tokens(again, RED, finish_reason="stop")
+        assert (await task).token_ids == [VIOLIN, RED]
+
+
+@on_event_loop
+async def test_workers_that_fall_silent_together_cost_one_attempt() -> None:
+    async with running_cluster(silence_seconds=0.6) as cluster:
+        silent = [await cluster.worker("unified") for _ in range(3)]
+        task, work = await cluster.start_request(silent[0])
+        talking = await cluster.worker("unified")
+        heartbeats = asyncio.create_task(send_heartbeats(talking))
+        again = (await talking.expect(PrefillAndDecode)).work
+        assert (again.request_id, again.attempt) == (work.request_id, 2)
+        talking.send_tokens(again, VIOLIN, finish_reason="stop")
+        assert (await task).attempts == 2
+        heartbeats.cancel()
 
 
 @on_event_loop

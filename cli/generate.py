@@ -7,15 +7,14 @@ import click
 from pdengine.cli.cluster import Cluster
 from pdengine.cli.options import errors_in_one_line
 from pdengine.client import Client
+from pdengine.client.async_client import DEFAULT_ADDRESS
 from pdengine.client.results import PromptLike
 from pdengine.models.hub import resolve_model
-
-DEFAULT_ROUTER = "tcp://127.0.0.1:5555"
 
 
 @click.command()
 @click.argument("prompt")
-@click.option("--router", "router_address", metavar="ADDRESS", help=f"A running router.  [{DEFAULT_ROUTER}]")
+@click.option("--router", "router_address", metavar="ADDRESS", help=f"A running router.  [{DEFAULT_ADDRESS}]")
 @click.option(
     "--model",
     metavar="NAME_OR_DIR",
@@ -46,7 +45,7 @@ def generate(
             cluster = stack.enter_context(Cluster(directory, roles=["unified"]))
             cluster.wait_ready()
             router_address = cluster.client_address
-        client = stack.enter_context(Client(router_address or DEFAULT_ROUTER))
+        client = stack.enter_context(Client(router_address or DEFAULT_ADDRESS))
         try:
             answer = client.stream(question, max_tokens=max_tokens, temperature=temperature)
         except ValueError as error:  # text that is not Unicode, a number beyond 64 bits

@@ -41,6 +41,7 @@ from pdengine.transport.messages import (
 )
 from pdengine.transport.sockets import PeerSocket, SendFailed
 
+DEFAULT_ADDRESS = "tcp://127.0.0.1:5555"  # of a router on this machine
 CONNECT_SECONDS = 10.0
 STATUS_SECONDS = 10.0
 INQUIRE_SECONDS = 15.0  # of silence, until a request asks whether the router still has it
@@ -56,9 +57,7 @@ class AsyncClient:
     lost; a request waits up to `connect_timeout` seconds for it.
     """
 
-    def __init__(
-        self, address: str = "tcp://127.0.0.1:5555", *, connect_timeout: float = CONNECT_SECONDS
-    ) -> None:
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, connect_timeout: float = CONNECT_SECONDS) -> None:
         self.address = address
         self._connect_timeout = connect_timeout
         self._context = zmq.asyncio.Context()

@@ -7,7 +7,7 @@ from collections.abc import Coroutine, Iterable
 from types import TracebackType
 from typing import Any, TypeVar
 
-from pdengine.client.async_client import CONNECT_SECONDS, AsyncClient, AsyncStream
+from pdengine.client.async_client import CONNECT_SECONDS, DEFAULT_ADDRESS, AsyncClient, AsyncStream
 from pdengine.client.results import Cancelled, Completion, Delta, PromptLike
 from pdengine.transport.messages import Status
 
@@ -17,9 +17,7 @@ T = TypeVar("T")
 class Client:
     """A client of the router at `address`; may be shared by threads. Use it as `with`, or call `close`."""
 
-    def __init__(
-        self, address: str = "tcp://127.0.0.1:5555", *, connect_timeout: float = CONNECT_SECONDS
-    ) -> None:
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, connect_timeout: float = CONNECT_SECONDS) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="pdengine-client", daemon=True)
         self._thread.start()

@@ -23,13 +23,14 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from pdengine.engine.memory import available_memory, format_bytes
+from pdengine.engine.worker_config import WorkerConfig
 from pdengine.transport.transfer import TransferError
 from pdengine.transport.ucx_library import INFINIBAND_DEVICES, UcxNotFound, choose_ucx, has_rdma
 from pdengine.transport.ucx_settings import interface_addresses, interface_of
 
 LOOPBACK_HOST = "127.0.0.1"
 DEFAULT_PORTS = {5555: "clients", 5556: "workers"}
-DEFAULT_KV_MEMORY = 4 * 2**30
+DEFAULT_KV_MEMORY = WorkerConfig.kv_memory
 OLDEST_TORCH = (2, 11)
 OLDEST_SOUND_UCX = (1, 16)  # before, a forced close does not end every read
 TRIAL_SECONDS = 180.0  # the first one compiles the native loop

@@ -81,7 +81,7 @@ class WorkerDied(RuntimeError):
 
 @dataclass(frozen=True)
 class WorkerParts:
-    """What `Worker` puts together; made by `start_worker.build_worker`."""
+    """What `Worker` puts together; made by `start_worker.run_worker`."""
 
     descriptor: PeerDescriptor
     compatibility: Compatibility

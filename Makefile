@@ -8,13 +8,17 @@ BIN = $(VENV)/bin
 
 SYSTEM_UCX ?= /usr/lib/x86_64-linux-gnu/libucp.so.0
 
-.PHONY: run test test-system-ucx lint clean
+.PHONY: run test test-long test-system-ucx lint clean
 
 run: $(VENV)/installed-run
 	$(BIN)/pdengine demo
 
 test: lint
 	$(BIN)/python -m pytest
+
+# What takes too long for every change: minutes of workers that come and go, thousands of requests.
+test-long: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m long -s
 
 # The tests of the UCX binding once more, with the system's library instead of the wheel's.
 test-system-ucx: $(VENV)/installed-test

@@ -46,7 +46,7 @@ class Cluster:
     """Start with `with Cluster(...) as cluster`, then `wait_ready`; leaving the block stops every process.
 
     The children die with this process, however it dies. config: a file that they read, too. worker_arguments:
-    options of the workers of a role.
+    options of the workers of a role. metrics_addresses: per worker, in the order of `roles`; empty for none.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class Cluster:
         client_address: str = LOOPBACK,
         config: Path | None = None,
         worker_arguments: Mapping[Role, Sequence[str]] | None = None,
+        metrics_addresses: Sequence[str] | None = None,
     ) -> None:
         if not roles:
             raise StartupError("a cluster needs at least one worker")
@@ -64,6 +65,7 @@ class Cluster:
         self._roles = list(roles)
         self._client_address = client_address
         self._worker_arguments = worker_arguments or {}
+        self._metrics_addresses = metrics_addresses or [""] * len(roles)
         self._children: list[Child] = []
         self.client_address = ""
 
@@ -88,11 +90,12 @@ class Cluster:
         if match is None:
             raise ChildDied("router", router.process.wait())
         self.client_address, worker_address = match.groups()
-        for role in self._roles:
+        for role, metrics_address in zip(self._roles, self._metrics_addresses, strict=True):
             # The addresses in the environment or the file are meant for workers on several machines.
             addresses = ["--router", worker_address, "--bind", LOOPBACK, "--advertise", LOOPBACK]
             options = self._worker_arguments.get(role, ())
-            self._spawn(role, [role, *self._arguments, *addresses, *options])
+            metrics = ["--metrics-address", metrics_address]
+            self._spawn(role, [role, *self._arguments, *addresses, *options, *metrics])
 
     @staticmethod
     def arguments_of(model_directory: Path, config: Path | None) -> list[str]:

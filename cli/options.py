@@ -5,7 +5,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 
@@ -17,7 +17,7 @@ from pdengine.engine.worker_config import StartupError
 from pdengine.models.chat_template import ChatTemplateError
 from pdengine.models.checkpoint import CheckpointError
 from pdengine.transport.sockets import AddressError
-from pdengine.transport.transfer import TransferError
+from pdengine.transport.transfer import SameHost, TransferError
 
 EXPECTED_ERRORS = (
     AddressError,
@@ -37,6 +37,11 @@ def option(
     """A `click.option` that also reads PDENGINE_ and its name from the environment, or `envvar`."""
     envvar = envvar or ENVIRONMENT_PREFIX + flag.removeprefix("--").replace("-", "_").upper()
     return click.option(flag, *names, envvar=envvar, show_envvar=True, show_default=True, **settings)
+
+
+def seconds_option(flag: str, *, at_least: float, **settings: Any) -> Callable[[Function], Function]:
+    """An `option` that takes a duration."""
+    return option(flag, metavar="SECONDS", type=click.FloatRange(at_least), **settings)
 
 
 def memory_size(text: str) -> str:
@@ -83,6 +88,32 @@ def worker_options(function: Function) -> Function:
         option("--block-size", type=int, default=16, help="Tokens per KV block."),
         option("--max-batch-tokens", type=int, default=2048, help="Tokens per engine step."),
         option("--max-requests", type=int, default=64, help="Requests that run at once."),
+        option(
+            "--same-host",
+            type=click.Choice(get_args(SameHost)),
+            default="mapping",
+            help="How the KV cache moves between workers on one host: mapped memory, or UCX.",
+        ),
+        option(
+            "--metrics-address",
+            metavar="HOST:PORT",
+            help="Serve /metrics, /live and /ready over HTTP here; PORT alone is on loopback.",
+        ),
+        seconds_option(
+            "--lease-seconds",
+            at_least=1,
+            default=30.0,
+            help="How long the KV cache of a prompt is kept for a decode worker that is not heard of.",
+        ),
+        seconds_option(
+            "--pull-seconds",
+            at_least=0.1,
+            default=30.0,
+            help="A pull of a KV cache that takes longer is given up.",
+        ),
+        seconds_option(
+            "--drain-seconds", at_least=0, default=30.0, help="What SIGTERM leaves to requests in flight."
+        ),
     ]
     return _decorate(function, options)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, get_args
 
 import click
 from rich.console import Console
@@ -21,12 +21,13 @@ from pdengine.cli.options import (
     log_to_stderr,
     model_options,
     option,
+    seconds_option,
     worker_options,
 )
 from pdengine.engine.memory import available_memory, memory_bytes
 from pdengine.engine.worker_config import WorkerConfig
 from pdengine.models.hub import resolve_model
-from pdengine.router.router import Router, RouterConfig
+from pdengine.router.router import OnFailure, Router, RouterConfig
 from pdengine.transport.messages import Role
 
 LINE_SECONDS = 5.0
@@ -38,13 +39,51 @@ logger = logging.getLogger(__name__)
 @model_options
 @client_address_option
 @option("--worker-address", metavar="ADDRESS", default="tcp://127.0.0.1:5556", help="Where workers connect.")
+@seconds_option(
+    "--heartbeat-seconds", at_least=0.05, default=1.0, help="How often workers are asked to report."
+)
+@seconds_option(
+    "--silence-seconds",
+    at_least=1,
+    default=5.0,
+    help="A worker that is not heard of for so long is given up.",
+)
+@option(
+    "--on-failure",
+    type=click.Choice(get_args(OnFailure)),
+    default="recompute",
+    help="Of a request's worker: compute it anew on another one, and go on with the answer; or fail it.",
+)
+@option(
+    "--max-attempts",
+    type=click.IntRange(1),
+    default=3,
+    help="Workers that a request is given to before it fails.",
+)
 def router(
-    model: str, revision: str | None, client_address: str, worker_address: str, config: Path | None
+    model: str,
+    revision: str | None,
+    client_address: str,
+    worker_address: str,
+    heartbeat_seconds: float,
+    silence_seconds: float,
+    on_failure: OnFailure,
+    max_attempts: int,
+    config: Path | None,
 ) -> None:
     """The front door: takes requests and gives them to workers."""
 
     async def serve(directory: Path) -> None:
-        server = Router(RouterConfig(directory, client_address, worker_address))
+        settings = RouterConfig(
+            directory,
+            client_address,
+            worker_address,
+            heartbeat_seconds=heartbeat_seconds,
+            silence_seconds=silence_seconds,
+            on_failure=on_failure,
+            max_attempts=max_attempts,
+        )
+        server = Router(settings)
         click.echo(
             f"listening for clients on {server.client_address}, for workers on {server.worker_address}"
         )
@@ -62,16 +101,24 @@ def router(
 
 
 def worker_config(
-    role: Role, *, model: str, revision: str | None, kv_memory: str, config: Path | None, **options: Any
+    role: Role,
+    *,
+    model: str,
+    revision: str | None,
+    kv_memory: str,
+    metrics_address: str | None,
+    config: Path | None,
+    **options: Any,
 ) -> WorkerConfig:
     """The configuration that the options of a worker's command stand for.
 
-    Raises CheckpointError if there is no such model, StartupError for options that do not go.
+    Raises CheckpointError if there is no such model, StartupError or AddressError for options that do not go.
     """
     return WorkerConfig(
         role=role,
         model_directory=resolve_model(model, revision=revision or None),
         kv_memory=memory_bytes(kv_memory, available_memory()),
+        metrics_address=metrics_address or None,
         **options,
     )
 

@@ -1,7 +1,8 @@
 """`pdengine up`: a whole cluster on this machine."""
 
 import signal
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -20,7 +21,7 @@ from pdengine.cli.options import (
 )
 from pdengine.cli.serve import worker_config
 from pdengine.engine.memory import available_memory, check_memory, plan_memory
-from pdengine.engine.worker_config import WorkerConfig
+from pdengine.engine.worker_config import WorkerConfig, split_metrics_address
 from pdengine.models.config import load_config
 from pdengine.models.hub import resolve_model
 from pdengine.transport.messages import Role
@@ -49,12 +50,14 @@ def up(ctx: click.Context, /, model: str, revision: str | None, client_address: 
     counts = worker_counts(ctx)
     with errors_in_one_line():
         directory = resolve_model(model, revision=revision or None)
+        configs = _configs(ctx, directory, counts)
         cluster = Cluster(
             directory,
-            roles=[role for role, count in counts.items() for _ in range(count)],
+            roles=[config.role for config in configs],
             client_address=client_address,
             config=ctx.params["config"],
-            worker_arguments=_planned_arguments(ctx, directory, counts),
+            worker_arguments=_planned_arguments(ctx, configs),
+            metrics_addresses=metrics_addresses(configs),
         )
         stop = Event()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -86,31 +89,43 @@ def worker_arguments(ctx: click.Context) -> list[str]:
     return arguments
 
 
-def _planned_arguments(ctx: click.Context, directory: Path, counts: dict[Role, int]) -> dict[Role, list[str]]:
-    """The arguments of the workers of each role, with their KV memory in bytes.
-
-    A share is turned into bytes once, because what is available changes while other workers load. Raises
-    StartupError if the workers do not fit into the memory together.
-    """
-    available, model = available_memory(), load_config(directory)
-    plans, arguments = [], {}
-    for role, config in _configs(ctx, directory, counts):
-        plans += [plan_memory(config, model)] * counts[role]
-        arguments[role] = [*worker_arguments(ctx), "--kv-memory", f"{config.kv_memory}B"]
-    if plans:
-        check_memory(plans, available)
-    return arguments
-
-
-def _configs(
-    ctx: click.Context, directory: Path, counts: dict[Role, int]
-) -> Iterator[tuple[Role, WorkerConfig]]:
-    """What a worker of each role that is wanted will make of its arguments, the environment and the file."""
-    root = ctx.find_root()
+def _configs(ctx: click.Context, directory: Path, counts: dict[Role, int]) -> list[WorkerConfig]:
+    """What each worker will make of its arguments, the environment and the file."""
+    root, configs = ctx.find_root(), []
     assert isinstance(root.command, click.Group)
     for role, count in counts.items():
         if count:
             arguments = [*Cluster.arguments_of(directory, ctx.params["config"]), "--router", LOOPBACK]
             arguments += worker_arguments(ctx)
             with root.command.commands[role].make_context(role, arguments, parent=root) as worker:
-                yield role, worker_config(role, **worker.params)
+                configs += [worker_config(role, **worker.params)] * count
+    return configs
+
+
+def _planned_arguments(ctx: click.Context, configs: Sequence[WorkerConfig]) -> dict[Role, list[str]]:
+    """The arguments of the workers of each role, with their KV memory in bytes.
+
+    A share is turned into bytes once, because what is available changes while other workers load. Raises
+    StartupError if the workers do not fit into the memory together.
+    """
+    available = available_memory()
+    if configs:
+        model = load_config(configs[0].model_directory)
+        check_memory([plan_memory(config, model) for config in configs], available)
+    return {
+        config.role: [*worker_arguments(ctx), "--kv-memory", f"{config.kv_memory}B"] for config in configs
+    }
+
+
+def metrics_addresses(configs: Iterable[WorkerConfig]) -> list[str]:
+    """One per worker, empty for none: where several are told the same, each takes the next port."""
+    addresses: list[str] = []
+    taken: Counter[tuple[str, int]] = Counter()
+    for config in configs:
+        if config.metrics_address is None:
+            addresses.append("")
+        else:
+            host, port = split_metrics_address(config.metrics_address)
+            addresses.append(f"{host}:{port + taken[host, port] if port else 0}")
+            taken[host, port] += 1
+    return addresses

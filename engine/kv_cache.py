@@ -1,6 +1,5 @@
 """The KV cache of one worker: a single buffer, allocated once and kept until the process ends."""
 
-import mmap
 from math import prod
 
 import torch
@@ -8,9 +7,9 @@ from torch import Tensor
 
 from pdengine.models.config import ModelConfig
 from pdengine.transport.regions import RegionDescriptor, describe_region
+from pdengine.transport.shared_memory import SharedMemory
 
 DIMENSIONS = ("block", "kv_head", "layer", "kv", "token", "dim")
-MAP_NORESERVE = 0x4000  # <linux/mman.h>; the mmap module has no name for it before Python 3.13
 LAYOUT = "/".join(DIMENSIONS)  # compared between workers: a change of layout is a change of this name
 
 
@@ -18,15 +17,15 @@ class KVCache:
     """A pool `[num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim]`, 2 = K, V.
 
     A block is contiguous over all layers, so that one read moves it; heads come first inside a block, so that
-    a peer with another tensor-parallel degree can read its slice of heads as one piece. The memory is mapped
-    lazily: pages that no sequence ever used cost nothing.
+    a peer with another tensor-parallel degree can read its slice of heads as one piece. It lies in `memory`,
+    which peers on this host can map; pages that no sequence ever used cost nothing. Raises TransferError if
+    there can be no such memory.
     """
 
     def __init__(self, model: ModelConfig, *, num_blocks: int, block_size: int, dtype: torch.dtype) -> None:
         sizes = (num_blocks, model.num_kv_heads, model.num_layers, 2, block_size, model.head_dim)
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-        memory = mmap.mmap(-1, prod(sizes) * dtype.itemsize, flags=flags)
-        self.pool: Tensor = torch.frombuffer(memory, dtype=dtype).view(sizes)
+        self.memory = SharedMemory(prod(sizes) * dtype.itemsize)
+        self.pool: Tensor = torch.frombuffer(self.memory.buffer, dtype=dtype).view(sizes)
         self.block_size = block_size
 
     def describe(self) -> RegionDescriptor:

@@ -21,7 +21,6 @@ class GrantedLeases:
 
     def __init__(self, duration: float) -> None:
         self.duration = duration
-        self.num_expired = 0
         self._expires_at: dict[int, float] = {}
 
     def __len__(self) -> int:
@@ -55,7 +54,6 @@ class GrantedLeases:
         expired = [lease_id for lease_id, expires_at in self._expires_at.items() if expires_at <= now]
         for lease_id in expired:
             del self._expires_at[lease_id]
-        self.num_expired += len(expired)
         return expired
 
 
@@ -72,6 +70,11 @@ class BorrowedLease:
     request_id: str
     covered_until: float = float("-inf")
     renew_at: float = float("-inf")
+
+    @property
+    def is_acknowledged(self) -> bool:
+        """Whether its owner has confirmed it at least once since it was borrowed."""
+        return self.covered_until > float("-inf")
 
     def covers(self, completed_at: float) -> bool:
         return completed_at < self.covered_until

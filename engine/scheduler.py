@@ -9,6 +9,8 @@ new prompt; a step takes as many as its token budget allows, decoding sequences 
     waiting --admit--> running --finish--> freed
                |          ^  \\--prompt done, mode PREFILL--> leased --released or expired--> freed
                \\-> pulling-/
+                      ^
+    reserved ---------/    an early pull: its prompt is still computed elsewhere
 """
 
 from collections import deque
@@ -23,13 +25,14 @@ from pdengine.engine.sequence import Mode, Sequence, blocks_for
 class SchedulerConfig:
     """max_batch_tokens: tokens computed per step. max_requests: sequences that hold blocks at once.
     max_pinned_blocks: blocks that prompts computed for others may hold, running or leased; a single larger
-    prompt is admitted when nothing else is pinned.
+    prompt is admitted when nothing else is pinned. max_waiting: sequences in the queue.
     """
 
     block_size: int
     max_batch_tokens: int
     max_requests: int
     max_pinned_blocks: int
+    max_waiting: int = 1024
 
 
 class Chunk(NamedTuple):
@@ -43,6 +46,12 @@ class Chunk(NamedTuple):
         """Whether the chunk reaches the end of the known tokens, so that the next one is sampled."""
         return self.sequence.num_computed + self.num_tokens == len(self.sequence.token_ids)
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Those of the tokens that belong to the prompt."""
+        missing = self.sequence.num_prompt_tokens - self.sequence.num_computed
+        return min(self.num_tokens, max(0, missing))
+
 
 class Scheduler:
     """Belongs to the engine thread. Every sequence is in exactly one of waiting, pulling, running."""
@@ -54,6 +63,7 @@ class Scheduler:
         self.pulling: list[Sequence] = []
         self.running: list[Sequence] = []
         self.leased: dict[int, list[int]] = {}  # lease id -> blocks
+        self.num_reserved = 0  # requests that hold blocks for an early pull, and have no sequence yet
         self.num_pinned = 0  # blocks of running prompts in mode PREFILL and of leases
         self._next_lease_id = 0
 
@@ -65,14 +75,50 @@ class Scheduler:
         """Whether the sequence could run in an empty pool."""
         return self._blocks_needed(sequence) <= self.pool.num_blocks
 
+    def refusal(self, sequence: Sequence) -> str | None:
+        """Why `sequence` cannot be added now, if it cannot. Leases bound what can come to be decoded."""
+        if sequence.mode is Mode.DECODE:
+            return None
+        if len(self.waiting) >= self.config.max_waiting:
+            return f"{len(self.waiting)} requests are waiting, which is the limit"
+        if sequence.may_wait:
+            return None
+        num_blocks = self._blocks_needed(sequence)
+        if self.waiting or self._is_full:
+            return "other requests are waiting or running"
+        if sequence.mode is Mode.PREFILL and not self._may_pin(num_blocks):
+            return f"{self.num_pinned} KV blocks are pinned by prompts that nobody has pulled yet"
+        if num_blocks > self.pool.num_free:
+            return f"it needs {num_blocks} KV blocks, {self.pool.num_free} are free"
+        return None
+
     def add(self, sequence: Sequence) -> None:
         assert self.fits(sequence)
         self.waiting.append(sequence)
 
+    def reserve(self, num_blocks: int) -> list[int] | None:
+        """Blocks for a request whose prompt is still computed elsewhere, unless others wait for them."""
+        if self.waiting or self._is_full:
+            return None
+        block_ids = self.pool.allocate(num_blocks)
+        if block_ids is not None:
+            self.num_reserved += 1
+        return block_ids
+
+    def drop_reserved(self) -> None:
+        """One request with reserved blocks will not come; the blocks are freed by who holds them."""
+        self.num_reserved -= 1
+
+    def add_reserved(self, sequence: Sequence) -> None:
+        """A request with reserved blocks is complete. It waits for its pull, and never for the queue: what
+        is queued might wait for its blocks."""
+        self.num_reserved -= 1
+        self.pulling.append(sequence)
+
     def admit(self) -> list[Sequence]:
         """Give blocks to waiting sequences, first come, first served; returns those that must be pulled."""
         pulls: list[Sequence] = []
-        while self.waiting and len(self.running) + len(self.pulling) < self.config.max_requests:
+        while self.waiting and not self._is_full:
             sequence = self.waiting[0]
             num_blocks = self._blocks_needed(sequence)
             if sequence.mode is Mode.PREFILL and not self._may_pin(num_blocks):
@@ -132,10 +178,17 @@ class Scheduler:
     def lease(self, sequence: Sequence) -> int:
         """Take a computed prompt out of the batch and keep its blocks under a new lease id."""
         self.running.remove(sequence)
-        self._next_lease_id += 1
-        self.leased[self._next_lease_id] = sequence.block_ids
+        lease_id = self.lease_id(sequence)
+        self.leased[lease_id] = sequence.block_ids
         sequence.block_ids = []
-        return self._next_lease_id
+        return lease_id
+
+    def lease_id(self, sequence: Sequence) -> int:
+        """The id of the lease that this prompt has, or will have when it is computed. Never used again."""
+        if sequence.lease_id is None:
+            self._next_lease_id += 1
+            sequence.lease_id = self._next_lease_id
+        return sequence.lease_id
 
     def free_lease(self, lease_id: int) -> None:
         block_ids = self.leased.pop(lease_id)
@@ -165,6 +218,10 @@ class Scheduler:
                 if sequence.request_id == request_id:
                     return sequence
         return None
+
+    @property
+    def _is_full(self) -> bool:
+        return len(self.running) + len(self.pulling) + self.num_reserved >= self.config.max_requests
 
     def _blocks_needed(self, sequence: Sequence) -> int:
         return blocks_for(sequence.max_cached_tokens, self.config.block_size)

@@ -26,12 +26,14 @@ class Sequence:
     num_prompt_tokens: int
     token_ids: list[int]  # prompt and answer so far
     lease: BorrowedLease | None = None  # mode DECODE: what to pull
+    lease_id: int | None = None  # mode PREFILL: of the lease that will be granted, once somebody was told
+    may_wait: bool = True  # whether it may be queued, or is refused if it cannot start at once
     block_ids: list[int] = field(default_factory=list)
     num_computed: int = 0  # leading tokens whose keys and values are in the pool
     finish_reason: FinishReason | None = None
 
     @classmethod
-    def from_work(cls, work: Work, mode: Mode, lease: BorrowedLease | None = None) -> "Sequence":
+    def from_work(cls, work: Work, mode: Mode, *, may_wait: bool = True) -> "Sequence":
         return cls(
             request_id=work.request_id,
             attempt=work.attempt,
@@ -39,7 +41,7 @@ class Sequence:
             sampling=work.sampling,
             num_prompt_tokens=len(work.prompt_ids),
             token_ids=work.prompt_ids + work.output_ids,
-            lease=lease,
+            may_wait=may_wait,
         )
 
     @property

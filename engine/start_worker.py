@@ -18,6 +18,8 @@ from pdengine.engine.block_pool import BlockPool
 from pdengine.engine.engine import Engine
 from pdengine.engine.kv_cache import LAYOUT, KVCache, dtype_name
 from pdengine.engine.memory import available_memory, check_memory, format_bytes, plan_memory
+from pdengine.engine.metrics import WorkerMetrics
+from pdengine.engine.metrics_server import MetricsServer
 from pdengine.engine.pulls import Pulls
 from pdengine.engine.runner import Runner
 from pdengine.engine.scheduler import Scheduler, SchedulerConfig
@@ -29,7 +31,7 @@ from pdengine.models.weights import load_decoder
 from pdengine.transport.messages import PROTOCOL_VERSION, Compatibility, PeerDescriptor, PeerRequest
 from pdengine.transport.sockets import ServerSocket, check_address, split_tcp_address
 from pdengine.transport.transfer import TransferEvent
-from pdengine.transport.ucx_transfer import UcxTransfer
+from pdengine.transport.two_path_transfer import TwoPathTransfer
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,9 @@ def run_worker(config: WorkerConfig, *, progress: Callable[[int, int], None] | N
     plan, available = plan_memory(config, model_config), available_memory()
     check_memory([plan], available)
     num_blocks = plan.num_blocks
+    metrics = WorkerMetrics()
+    if config.metrics_address is not None:
+        logger.info("metrics on %s/metrics", MetricsServer(config.metrics_address, metrics).url)
     context = zmq.asyncio.Context()
     peer_server = ServerSocket[PeerRequest](context, PeerRequest)
     control_address = _advertised(peer_server.bind(config.bind_address), config.advertise_address)
@@ -59,7 +64,10 @@ def run_worker(config: WorkerConfig, *, progress: Callable[[int, int], None] | N
     died: Future[None] = Future()  # also if a thread dies before there is a worker
 
     host, _ = split_tcp_address(control_address)
-    transfer = UcxTransfer(deliver=deliver, on_fatal=died.set_exception, advertise_host=host)
+    transfer = TwoPathTransfer(
+        deliver=deliver, on_fatal=died.set_exception, advertise_host=host, same_host=config.same_host
+    )
+    metrics.watch_progress_gaps(transfer.ucx.progress_gaps)
     compatibility = Compatibility(
         protocol=PROTOCOL_VERSION,
         model=model_fingerprint(config.model_directory),
@@ -78,7 +86,7 @@ def run_worker(config: WorkerConfig, *, progress: Callable[[int, int], None] | N
         role=config.role,
         control_address=control_address,
         transfer_address=transfer.worker_address,
-        region=transfer.register(kv_cache.describe()),
+        region=transfer.register(kv_cache.describe(), kv_cache.memory),
     )
     pool = BlockPool(num_blocks)
     engine = Engine(
@@ -88,6 +96,7 @@ def run_worker(config: WorkerConfig, *, progress: Callable[[int, int], None] | N
         pulls=Pulls(transfer, pool, block_size=config.block_size, timeout=config.pull_seconds),
         eos_token_ids=frozenset(model_config.eos_token_ids),
         lease_duration=config.lease_seconds,
+        metrics=metrics,
         emit=lambda events: worker.on_events(events),
     )
     worker = Worker(
@@ -103,6 +112,7 @@ def run_worker(config: WorkerConfig, *, progress: Callable[[int, int], None] | N
             peer_server=peer_server,
             transfer=transfer,
             engine=engine,
+            metrics=metrics,
             died=died,
         )
     )

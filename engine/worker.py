@@ -12,7 +12,7 @@ from collections.abc import Coroutine
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import zmq.asyncio
@@ -21,14 +21,17 @@ from pdengine.engine.engine import (
     AbortAll,
     AbortRequest,
     AddSequence,
+    CoverLease,
     Engine,
     Event,
     FreeLease,
     LeaseUnneeded,
     LoseLease,
+    Report,
     Stop,
 )
 from pdengine.engine.leases import BorrowedLease, BorrowedLeases, GrantedLeases
+from pdengine.engine.metrics import WorkerMetrics
 from pdengine.engine.sequence import Mode, Sequence, blocks_for
 from pdengine.engine.worker_config import StartupError
 from pdengine.transport.messages import (
@@ -55,7 +58,7 @@ from pdengine.transport.messages import (
     Prefill,
     PrefillAndDecode,
     Prefilled,
-    Pulled,
+    PullEarly,
     Refused,
     ReleaseLeases,
     RenewLeases,
@@ -64,6 +67,7 @@ from pdengine.transport.messages import (
     Welcome,
     Work,
     WorkFailed,
+    WorkRefused,
 )
 from pdengine.transport.sockets import PeerSocket, SendFailed, ServerSocket
 from pdengine.transport.transfer import PeerConnected, PeerFailed, Transfer
@@ -73,6 +77,7 @@ logger = logging.getLogger(__name__)
 TICK_SECONDS = 0.25  # leases are swept and renewed this often
 HELLO_SECONDS = 1.0
 RECONNECT_SECONDS = 5.0
+MAX_STEP_SECONDS = 30.0  # a worker whose engine loop takes longer for one turn is not ready
 
 
 class WorkerDied(RuntimeError):
@@ -94,14 +99,8 @@ class WorkerParts:
     peer_server: ServerSocket[PeerRequest]
     transfer: Transfer
     engine: Engine
+    metrics: WorkerMetrics
     died: "Future[None]"  # gets the exception of a thread that dies
-
-
-class Uncovered(NamedTuple):
-    """A sequence whose lease was not confirmed yet; given up at `deadline` (time.monotonic())."""
-
-    sequence: Sequence
-    deadline: float
 
 
 @dataclass(eq=False)
@@ -133,12 +132,15 @@ class Worker:
         self._heartbeat_interval = HELLO_SECONDS
         self._granted = GrantedLeases(parts.lease_seconds)
         self._borrowed = BorrowedLeases()
-        self._uncovered: dict[BorrowedLease, Uncovered] = {}  # wait for the first acknowledged renewal
+        self._uncovered: dict[BorrowedLease, float] = {}  # not confirmed yet -> when that is given up
         self._in_engine: set[str] = set()  # requests that were posted to the engine and have not ended
         self._peers: dict[str, Peer] = {}
         self._stopping = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None  # while running
+        parts.metrics.watch_worker(
+            load=self._load, num_leases=lambda: len(self._granted), why_not_ready=self.why_not_ready
+        )
 
     # ------------------------------------------------------------------------------------ life
 
@@ -180,6 +182,17 @@ class Worker:
             self._stop_now.set()
         self._stopping.set()
 
+    def why_not_ready(self) -> str | None:
+        """What keeps this worker from taking requests, in one line. May be called on any thread."""
+        if self._stopping.is_set():
+            return "the worker is leaving"
+        if self._epoch is None:
+            return "no router has welcomed this worker"
+        step_age = self._engine.step_age()
+        if step_age > MAX_STEP_SECONDS:
+            return f"the engine loop has not turned for {step_age:.0f} s"
+        return None
+
     def on_fatal(self, error: BaseException) -> None:
         """A thread of this worker has died. May be called on any thread."""
         died = WorkerDied(f"{type(error).__name__}: {error}")
@@ -215,7 +228,7 @@ class Worker:
                 continue
 
     def _is_idle(self) -> bool:
-        return not (self._in_engine or self._uncovered or len(self._granted) or len(self._borrowed))
+        return not (self._in_engine or len(self._granted) or len(self._borrowed))
 
     # ---------------------------------------------------------------------------------- router
 
@@ -259,10 +272,12 @@ class Worker:
                     self._meet_peer(peer)
                 case PeerLeft(engine_id):
                     self._forget_peer(engine_id)
-                case Prefill(work):
-                    self._take(work, Mode.PREFILL)
-                case PrefillAndDecode(work):
-                    self._take(work, Mode.WHOLE)
+                case Prefill(work, may_wait):
+                    self._take(Sequence.from_work(work, Mode.PREFILL, may_wait=may_wait))
+                case PrefillAndDecode(work, may_wait):
+                    self._take(Sequence.from_work(work, Mode.WHOLE, may_wait=may_wait))
+                case PullEarly():
+                    self._pull_early(message)
                 case Decode(work, lease):
                     self._take_leased(work, lease)
                 case Abort(request_id):
@@ -283,8 +298,6 @@ class Worker:
         self._heartbeat_interval = welcome.heartbeat_interval
         self._engine.post(AbortAll())
         self._in_engine.clear()
-        for borrowed in list(self._uncovered):
-            self._drop_borrowed(borrowed)
         current = {peer.engine_id for peer in welcome.peers}
         for engine_id in [engine_id for engine_id in self._peers if engine_id not in current]:
             self._forget_peer(engine_id)
@@ -296,8 +309,7 @@ class Worker:
 
     # ------------------------------------------------------------------------------------ work
 
-    def _take(self, work: Work, mode: Mode) -> None:
-        sequence = Sequence.from_work(work, mode)
+    def _take(self, sequence: Sequence) -> None:
         refusal = self._refusal(sequence)
         if refusal is None:
             self._start(sequence)
@@ -309,20 +321,26 @@ class Worker:
         self._engine.post(AddSequence(sequence))
 
     def _take_leased(self, work: Work, lease: KVLease) -> None:
-        """Queue the sequence as soon as the lease is known to cover it; renew the lease from now on."""
+        """Pull at once and renew the lease from now on; the engine waits until it is known to hold."""
         sequence = Sequence.from_work(work, Mode.DECODE)
         refusal = self._refusal(sequence, lease)
-        peer = self._peers.get(lease.engine_id)
-        if refusal is None and peer is None:
-            refusal = WorkFailed(work.request_id, work.attempt, "the prefill worker is not known here", True)
         if refusal is not None:
             self._send_to_router(refusal)
             return
-        self._drop_uncovered(work.request_id)
         sequence.lease = self._borrowed.add(lease, work.request_id)
-        self._uncovered[sequence.lease] = Uncovered(sequence, monotonic() + lease.duration)
+        if not sequence.lease.is_acknowledged:
+            self._uncovered.setdefault(sequence.lease, monotonic() + lease.duration)
         self._send_to_router(DecodeAccepted(work.request_id, work.attempt))
+        self._start(sequence)
         self._renew_borrowed()
+
+    def _pull_early(self, news: PullEarly) -> None:
+        """Nobody depends on an early pull: what is wrong with it shows when Decode comes."""
+        needed = blocks_for(news.num_cached_tokens, self._parts.block_size)
+        fits = len(news.lease.block_ids) <= needed <= self._parts.descriptor.region.num_blocks
+        done = news.num_tokens // self._parts.block_size <= len(news.lease.block_ids)
+        if fits and done and news.lease.engine_id in self._peers and not self._stopping.is_set():
+            self._engine.post(news)
 
     def _refusal(self, sequence: Sequence, lease: KVLease | None = None) -> WorkFailed | None:
         def refuse(reason: str, *, retry: bool) -> WorkFailed:
@@ -334,21 +352,19 @@ class Worker:
         num_blocks = self._parts.descriptor.region.num_blocks
         if needed > num_blocks:
             return refuse(f"the request needs {needed} KV blocks, the pool has {num_blocks}", retry=False)
-        if lease is not None and (
-            lease.num_tokens != len(sequence.token_ids) - 1
-            or len(lease.block_ids) < blocks_for(lease.num_tokens, self._parts.block_size)
+        if lease is None:
+            return None
+        if lease.engine_id not in self._peers:
+            return refuse("the prefill worker is not known here", retry=True)
+        if lease.num_tokens != len(sequence.token_ids) - 1 or len(lease.block_ids) < blocks_for(
+            lease.num_tokens, self._parts.block_size
         ):
             return refuse(f"lease {lease.lease_id} does not cover the tokens of the request", retry=True)
         return None
 
     def _abort(self, request_id: str) -> None:
-        self._drop_uncovered(request_id)
         self._in_engine.discard(request_id)
         self._engine.post(AbortRequest(request_id))
-
-    def _drop_uncovered(self, request_id: str) -> None:
-        for borrowed in [b for b in self._uncovered if b.request_id == request_id]:
-            self._drop_borrowed(borrowed)
 
     def _handle_events(self, events: list[Event]) -> None:
         for event in events:
@@ -371,7 +387,7 @@ class Worker:
                     self._note(event)
                     self._send_to_router(event)
 
-    def _note(self, event: Prefilled | Pulled | StepTokens | WorkFailed) -> None:
+    def _note(self, event: Report) -> None:
         """Keep account of granted leases and of requests that end."""
         match event:
             case Prefilled(request_id, lease=lease):
@@ -380,7 +396,7 @@ class Worker:
                 self._in_engine.discard(request_id)
             case StepTokens(updates):
                 self._in_engine -= {update.request_id for update in updates if update.finish_reason}
-            case WorkFailed(request_id):
+            case WorkFailed(request_id) | WorkRefused(request_id):
                 self._in_engine.discard(request_id)
 
     # ----------------------------------------------------------------- leases granted to others
@@ -411,9 +427,10 @@ class Worker:
             now = monotonic()
             for lease_id in self._granted.expire(now):
                 logger.warning("lease %d has expired", lease_id)
+                self._parts.metrics.leases_expired(1)
                 self._engine.post(FreeLease(lease_id))
             self._renew_borrowed()
-            for borrowed in [b for b, uncovered in self._uncovered.items() if uncovered.deadline <= now]:
+            for borrowed in [b for b, deadline in self._uncovered.items() if deadline <= now]:
                 self._borrowed.remove(borrowed.lease)
                 self._lose_borrowed(borrowed, "the prefill worker did not confirm the lease on its KV cache")
             for peer in self._peers.values():
@@ -431,19 +448,14 @@ class Worker:
     def _take_renewal(self, engine_id: str, answer: LeasesRenewed) -> None:
         covered, lost = self._borrowed.acknowledge(engine_id, answer.sequence, answer.renewed, answer.lost)
         for borrowed in covered:
-            uncovered = self._uncovered.pop(borrowed, None)
-            if uncovered is not None:
-                self._start(uncovered.sequence)
+            if self._uncovered.pop(borrowed, None) is not None:
+                self._engine.post(CoverLease(borrowed))
         for borrowed in lost:
             self._lose_borrowed(borrowed, "the lease on its KV cache has expired")
 
     def _lose_borrowed(self, borrowed: BorrowedLease, reason: str) -> None:
-        uncovered = self._uncovered.pop(borrowed, None)
-        if uncovered is None:
-            self._engine.post(LoseLease(borrowed, reason))
-        else:
-            sequence = uncovered.sequence
-            self._send_to_router(WorkFailed(sequence.request_id, sequence.attempt, reason, retry=True))
+        self._uncovered.pop(borrowed, None)
+        self._engine.post(LoseLease(borrowed, reason))
 
     def _drop_borrowed(self, borrowed: BorrowedLease) -> None:
         """The lease is not needed any more: tell its owner, once."""

@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from pdengine.transport.messages import Role
+from pdengine.transport.sockets import AddressError, split_tcp_address
+from pdengine.transport.transfer import SameHost
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of the dtypes that a worker computes in
 
@@ -18,7 +21,8 @@ class WorkerConfig:
     are told instead, where the two differ. dtype: None is the checkpoint's own. kv_memory: bytes of the KV
     cache. lease_seconds: how long a prompt's KV cache outlives its last renewal. pinned_share: of the pool,
     for prompts computed for other workers. pull_seconds: after that a pull is given up. drain_seconds: what
-    SIGTERM leaves to requests in flight.
+    SIGTERM leaves to requests in flight. metrics_address: HOST:PORT of metrics and probes, if any. same_host:
+    how the KV cache moves to and from workers on this host.
     """
 
     role: Role
@@ -36,6 +40,8 @@ class WorkerConfig:
     pinned_share: float = 0.9
     pull_seconds: float = 30.0
     drain_seconds: float = 30.0
+    metrics_address: str | None = None
+    same_host: SameHost = "mapping"
 
     def __post_init__(self) -> None:
         if self.device != "cpu":
@@ -48,3 +54,19 @@ class WorkerConfig:
             raise StartupError(f"max batch tokens {self.max_batch_tokens} must be at least 1")
         if self.max_requests < 1:
             raise StartupError(f"max requests {self.max_requests} must be at least 1")
+        if self.same_host not in get_args(SameHost):
+            choices = ", ".join(get_args(SameHost))
+            raise StartupError(f"same host {self.same_host!r} is not one of: {choices}")
+        if self.metrics_address is not None:
+            split_metrics_address(self.metrics_address)
+
+
+def split_metrics_address(address: str) -> tuple[str, int]:
+    """`HOST:PORT`, or `PORT` on loopback -> (HOST, PORT). Port 0 is any free one. Raises AddressError."""
+    host, separator, port = address.rpartition(":")
+    try:
+        host, number = split_tcp_address(f"tcp://{host if separator else '127.0.0.1'}:{port}")
+    except AddressError as error:
+        reason = "must be HOST:PORT or PORT, and the port a number from 0 to 65535"
+        raise AddressError(f"metrics address {address!r} {reason}") from error
+    return host.removeprefix("[").removesuffix("]"), number

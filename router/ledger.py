@@ -13,7 +13,9 @@ from pdengine.transport.messages import KVLease, SamplingParams, TransferStats, 
 class Request:
     """client, tag: who asked, and its name for the request. worker: engine id of the one that has it now.
 
-    lease: held for this request and not yet taken over by a decode worker (`lease_accepted`) or read.
+    early_worker: engine id of a decode worker that pulls the prompt while it is computed. refused_by: workers
+    that had no room for this attempt. lease: held for this request and not yet taken over by a decode worker
+    (`lease_accepted`) or read.
     """
 
     request_id: str
@@ -25,6 +27,8 @@ class Request:
     detokenizer: IncrementalDetokenizer | None = None
     attempt: int = 0
     worker: str | None = None
+    early_worker: str | None = None
+    refused_by: set[str] = field(default_factory=set)
     prefill_worker: str = ""
     decode_worker: str = ""
     lease: KVLease | None = None

@@ -50,6 +50,10 @@ class WorkerEntry:
         """Tokens that the KV cache holds."""
         return self.load.num_blocks * self.compatibility.block_size
 
+    def has_room(self, num_tokens: int) -> bool:
+        """Whether a request of `num_tokens` fits beside those that are assigned."""
+        return self.assigned_tokens + num_tokens <= self.capacity
+
 
 class Registry:
     """The workers that have joined. model: fingerprint that all of them must have."""
@@ -108,8 +112,8 @@ class Registry:
 
     # ------------------------------------------------------------------------------- placement
 
-    def pick_prefill(self, num_tokens: int, max_tokens: int) -> WorkerEntry | None:
-        """The least loaded worker for a new request: one that prefills, or one that does all of it.
+    def rank_prefill(self, num_tokens: int, max_tokens: int) -> list[WorkerEntry]:
+        """Workers for a new request, the least loaded first: those that prefill, or that do all of it.
 
         Where one side of a disaggregated cluster is missing, the other side runs whole requests.
         """
@@ -118,7 +122,7 @@ class Registry:
         for_prompt = [w for w in prefills if self.pick_decode(num_cached, w.engine_id) is not None]
         for_all = [w for w in self._able(num_cached) if not self.splits(w)]
         candidates = for_prompt + [w for w in for_all if w.role == "unified"] or for_all
-        return min(candidates, key=lambda w: (w.assigned_tokens, len(w.assigned)), default=None)
+        return sorted(candidates, key=lambda w: (w.assigned_tokens, len(w.assigned)))
 
     def pick_decode(self, num_tokens: int, holder: str | None = None) -> WorkerEntry | None:
         """A decode worker that can pull from `holder`, has room for `num_tokens` and the fewest requests.
@@ -130,8 +134,7 @@ class Registry:
 
         def load(worker: WorkerEntry) -> tuple[bool, bool, int, int]:
             unlinked = holder is not None and holder not in worker.links
-            full = worker.assigned_tokens + num_tokens > worker.capacity
-            return unlinked, full, len(worker.assigned), worker.assigned_tokens
+            return unlinked, not worker.has_room(num_tokens), len(worker.assigned), worker.assigned_tokens
 
         return min(workers, key=load, default=None)
 

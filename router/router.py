@@ -53,6 +53,8 @@ from pdengine.transport.messages import (
     Prefill,
     PrefillAndDecode,
     Prefilled,
+    PromptProgress,
+    PullEarly,
     Pulled,
     Rejected,
     ReleaseLeases,
@@ -63,11 +65,13 @@ from pdengine.transport.messages import (
     Welcome,
     WorkerToRouter,
     WorkFailed,
+    WorkRefused,
 )
 from pdengine.transport.sockets import SendFailed, ServerSocket
 
 logger = logging.getLogger(__name__)
 
+OnFailure = Literal["recompute", "fail"]
 TICK_SECONDS = 0.5
 TOKENIZER_THREADS = 4
 
@@ -75,7 +79,8 @@ TOKENIZER_THREADS = 4
 @dataclass(frozen=True)
 class RouterConfig:
     """heartbeat_seconds: asked of the workers. silence_seconds: a worker that is not heard of for so long is
-    given up. max_attempts: workers that a request is given to before it fails.
+    given up. on_failure: of a request's worker: compute the request anew on another one, with the tokens
+    written so far, or fail it. max_attempts: workers that a request is given to before it fails.
     """
 
     model_directory: Path
@@ -83,6 +88,7 @@ class RouterConfig:
     worker_address: str = "tcp://127.0.0.1:5556"
     heartbeat_seconds: float = 1.0
     silence_seconds: float = 5.0
+    on_failure: OnFailure = "recompute"
     max_attempts: int = 3
 
 
@@ -198,31 +204,83 @@ class Router:
         """Give the request to a worker as a new attempt."""
         request.attempt += 1
         request.transfer = None
+        request.refused_by.clear()
+        self._offer(request)
+
+    def _offer(self, request: Request) -> None:
+        """Give the request to the least loaded worker that has not refused it yet. Only when all have, it may
+        wait in the queue of the least loaded one."""
         num_remaining = request.max_total_tokens - request.num_tokens
-        worker = self._registry.pick_prefill(request.num_tokens, num_remaining)
-        if worker is None:
+        workers = self._registry.rank_prefill(request.num_tokens, num_remaining)
+        if not workers:
             self._end(request, Failed(request.tag, "no worker is there to take the request"))
             return
+        untried = [worker for worker in workers if worker.engine_id not in request.refused_by]
+        may_wait = len(workers) == 1 or not untried
+        worker = workers[0] if may_wait else untried[0]
         request.prefill_worker = worker.engine_id
         if self._registry.splits(worker):
             request.decode_worker = ""
             self._assign(request, worker, request.num_tokens)
-            self._send_to_worker(worker, Prefill(request.work()))
+            self._send_to_worker(worker, Prefill(request.work(), may_wait))
         else:
             request.decode_worker = worker.engine_id
             self._assign(request, worker, request.max_total_tokens)
-            self._send_to_worker(worker, PrefillAndDecode(request.work()))
+            self._send_to_worker(worker, PrefillAndDecode(request.work(), may_wait))
+
+    def _take_refusal(self, worker: WorkerEntry, message: WorkRefused) -> None:
+        request = self._ledger.current(message.request_id, message.attempt)
+        if request is None or request.worker != worker.engine_id:
+            return
+        self._unassign(request)
+        if worker.engine_id not in request.refused_by:
+            request.refused_by.add(worker.engine_id)
+            self._offer(request)
+        elif request.output_ids:
+            self._end(request, Failed(request.tag, f"no worker has room: {message.reason}"))
+        else:
+            self._end(request, Rejected(request.tag, f"no worker has room: {message.reason}"))
+
+    def _pull_early(self, message: PromptProgress) -> None:
+        """Let a decode worker that has room for the request begin to pull what is done of its prompt."""
+        request = self._ledger.current(message.request_id, message.attempt)
+        if request is None:
+            return
+        num_cached = request.max_total_tokens - 1
+        worker = self._registry.get(request.early_worker)
+        if worker is None:
+            worker = self._registry.pick_decode(num_cached, message.lease.engine_id)
+            if worker is None or not worker.has_room(num_cached):
+                return
+            request.early_worker = worker.engine_id
+            worker.assigned[request.request_id] = request.max_total_tokens
+        news = PullEarly(
+            request.request_id, request.attempt, num_cached, message.num_tokens, lease=message.lease
+        )
+        self._send_to_worker(worker, news)
 
     def _place_decode(self, request: Request) -> None:
-        """The KV cache is there: choose who pulls it, by the load of now."""
+        """The KV cache is there: choose who pulls it, by the load of now, unless somebody does already."""
         assert request.lease is not None
-        worker = self._registry.pick_decode(request.max_total_tokens - 1, request.lease.engine_id)
+        holder = request.lease.engine_id
+        worker = self._registry.get(request.early_worker)
+        if worker is None or worker.leaving or holder in worker.broken_links:
+            self._end_early_pull(request)
+            worker = self._registry.pick_decode(request.max_total_tokens - 1, holder)
         if worker is None:
             self._retry(request, "no decode worker is there")
             return
+        request.early_worker = None
         request.decode_worker = worker.engine_id
         self._assign(request, worker, request.max_total_tokens)
         self._send_to_worker(worker, Decode(request.work(), request.lease))
+
+    def _end_early_pull(self, request: Request) -> None:
+        worker = self._registry.get(request.early_worker)
+        if worker is not None:
+            worker.assigned.pop(request.request_id, None)
+            self._send_to_worker(worker, Abort(request.request_id))
+        request.early_worker = None
 
     def _assign(self, request: Request, worker: WorkerEntry, num_tokens: int) -> None:
         self._unassign(request)
@@ -240,6 +298,9 @@ class Router:
         if request not in self._ledger:
             return  # its client went away while the requests before it were given to others
         self._withdraw(request)
+        if self._config.on_failure == "fail":
+            self._end(request, Failed(request.tag, reason))
+            return
         if request.attempt >= self._config.max_attempts:
             self._end(request, Failed(request.tag, f"after {request.attempt} attempts: {reason}"))
             return
@@ -293,6 +354,8 @@ class Router:
             case StepTokens(updates):
                 for update in updates:
                     self._take_token(update)
+            case PromptProgress():
+                self._pull_early(message)
             case Prefilled():
                 self._take_prefilled(worker, message)
             case DecodeAccepted(request_id, attempt):
@@ -303,6 +366,8 @@ class Router:
                 request = self._ledger.current(request_id, attempt)
                 if request is not None:
                     request.transfer, request.lease = stats, None
+            case WorkRefused():
+                self._take_refusal(worker, message)
             case WorkFailed(request_id, attempt, reason, retry):
                 request = self._ledger.current(request_id, attempt)
                 if request is not None and retry:
@@ -457,6 +522,7 @@ class Router:
             request.task.cancel()
         if finished:
             self._unassign(request)
+            self._end_early_pull(request)
             self._release_lease(request)
         else:
             self._withdraw(request)
@@ -467,6 +533,7 @@ class Router:
         if worker is not None:
             self._send_to_worker(worker, Abort(request.request_id))
         self._unassign(request)
+        self._end_early_pull(request)
         self._release_lease(request)
 
     def _release_lease(self, request: Request) -> None:

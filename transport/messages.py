@@ -7,9 +7,9 @@ durations: no clock reading ever crosses the wire.
     any     -> sender   Malformed
     client  -> router   Generate, Cancel, Inquire, GetStatus
     router  -> client   Accepted, Delta, Status, and one Outcome per request
-    worker  -> router   Hello, Heartbeat, Leaving, Left, PeerLink, Prefilled, DecodeAccepted, Pulled,
-                        StepTokens, WorkFailed, LeasesRenewed
-    router  -> worker   Welcome, Refused, HeartbeatReply, PeerJoined, PeerLeft, Prefill, Decode,
+    worker  -> router   Hello, Heartbeat, Leaving, Left, PeerLink, PromptProgress, Prefilled,
+                        DecodeAccepted, Pulled, StepTokens, WorkRefused, WorkFailed, LeasesRenewed
+    router  -> worker   Welcome, Refused, HeartbeatReply, PeerJoined, PeerLeft, Prefill, PullEarly, Decode,
                         PrefillAndDecode, Abort, RenewLeases, ReleaseLeases
     decode  -> prefill  RenewLeases, ReleaseLeases
     prefill -> decode   LeasesRenewed
@@ -21,7 +21,7 @@ import msgspec
 
 from pdengine.transport.regions import RegionDescriptor
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 Role = Literal["prefill", "decode", "unified"]
 FinishReason = Literal["stop", "length"]
@@ -114,13 +114,19 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class TransferStats(msgspec.Struct, frozen=True):
-    """What one pull moved. seconds: from the first post to the last completion. lanes: as UCX names them."""
+    """What the pull of one prompt moved.
+
+    num_gets: reads, one per run of consecutive blocks. seconds: while reads were in flight. lanes: what
+    carried them, "mapping" or as UCX names it. num_early_blocks: those whose read began before the
+    prompt was complete.
+    """
 
     num_blocks: int
     num_bytes: int
     num_gets: int
     seconds: float
     lanes: str
+    num_early_blocks: int = 0
 
 
 # ------------------------------------------------------------------------------------- client <-> router
@@ -299,6 +305,18 @@ class PeerLink(Message, frozen=True):
     error: str = ""
 
 
+class PromptProgress(Message, frozen=True):
+    """The KV cache of the prompt's first `num_tokens` tokens is there; the rest is still being computed.
+
+    lease: the one that Prefilled will grant. Until then the blocks stay for as long as the request does.
+    """
+
+    request_id: str
+    attempt: int
+    num_tokens: int
+    lease: KVLease
+
+
 class Prefilled(Message, frozen=True):
     """The prompt's KV cache is there, and so is the next token.
 
@@ -342,6 +360,14 @@ class StepTokens(Message, frozen=True):
     updates: list[TokenUpdate]
 
 
+class WorkRefused(Message, frozen=True):
+    """This worker has no room for the work now, and has not taken it: somebody else may."""
+
+    request_id: str
+    attempt: int
+    reason: str
+
+
 class WorkFailed(Message, frozen=True):
     """retry: whether another attempt may succeed."""
 
@@ -383,9 +409,27 @@ class PeerLeft(Message, frozen=True):
 
 
 class Prefill(Message, frozen=True):
-    """Compute the prompt, answer Prefilled and hold the KV cache under a lease."""
+    """Compute the prompt, answer Prefilled and hold the KV cache under a lease.
+
+    may_wait: queue it if it cannot start at once; otherwise refuse it.
+    """
 
     work: Work
+    may_wait: bool = True
+
+
+class PullEarly(Message, frozen=True):
+    """If there is room, start to pull the first `num_tokens` tokens of a prompt that is still computed.
+
+    num_cached_tokens: tokens that the request will hold in the cache in the end. Decode follows with the
+    same lease, or Abort, or nothing.
+    """
+
+    request_id: str
+    attempt: int
+    num_cached_tokens: int
+    num_tokens: int
+    lease: KVLease
 
 
 class Decode(Message, frozen=True):
@@ -396,9 +440,10 @@ class Decode(Message, frozen=True):
 
 
 class PrefillAndDecode(Message, frozen=True):
-    """Run the whole request here."""
+    """Run the whole request here. may_wait: as in Prefill."""
 
     work: Work
+    may_wait: bool = True
 
 
 class Abort(Message, frozen=True):
@@ -430,10 +475,12 @@ WorkerToRouter = (
     | Leaving
     | Left
     | PeerLink
+    | PromptProgress
     | Prefilled
     | DecodeAccepted
     | Pulled
     | StepTokens
+    | WorkRefused
     | WorkFailed
     | LeasesRenewed
 )
@@ -444,6 +491,7 @@ RouterToWorker = (
     | PeerJoined
     | PeerLeft
     | Prefill
+    | PullEarly
     | Decode
     | PrefillAndDecode
     | Abort

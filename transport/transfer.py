@@ -1,13 +1,14 @@
 """The data plane as the engine sees it: register a KV pool, connect to peers, pull blocks, receive events.
 
-`UcxTransfer` moves bytes between processes and hosts; `MemoryTransfer` is the in-process fake for tests.
+A worker uses `TwoPathTransfer`: it maps the memory of peers on its host (`MappingTransfer`) and reaches the
+others through UCX (`UcxTransfer`). `MemoryTransfer` is the in-process fake for tests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 from pdengine.transport.regions import RegionDescriptor, Run
 
@@ -25,6 +26,7 @@ class PullCompleted:
     num_gets: int
     seconds: float  # from the first post to the last completion
     completed_at: float  # time.monotonic()
+    post_seconds: float = 0.0  # spent in posting the reads; 0 where they are not posted
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class PullFailed:
 
 @dataclass(frozen=True)
 class PeerConnected:
-    """The peer answered; `lanes` names the transports that carry its reads, e.g. "sysv, posix"."""
+    """The peer answered; `lanes` names what carries its reads, e.g. "mapping" or UCX's "sysv, posix"."""
 
     engine_id: str
     lanes: str
@@ -54,6 +56,9 @@ class PeerFailed:
 TransferEvent: TypeAlias = PullCompleted | PullFailed | PeerConnected | PeerFailed
 Deliver: TypeAlias = Callable[[TransferEvent], None]
 """Takes an event on any thread; must be thread-safe and quick, e.g. `SimpleQueue.put`."""
+
+SameHost: TypeAlias = Literal["mapping", "ucx"]
+"""How the KV cache moves between workers on one host."""
 
 
 class Transfer(Protocol):
@@ -97,7 +102,8 @@ class Transfer(Protocol):
         ...
 
     def disconnect(self, engine_id: str) -> None:
-        """Close the connection by force: pulls in flight on it fail at once. Idempotent, does not wait.
+        """Close the connection by force: pulls in flight on it fail at once, except a copy out of mapped
+        memory that runs already, which completes. Idempotent, does not wait.
 
         The peer is not told. If it reads from us, too, its reads may stall until it connects again.
         """

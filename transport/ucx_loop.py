@@ -72,12 +72,14 @@ class UcxLoop:
         commands: queue.SimpleQueue[Command],
         command_descriptor: int,
         control: Table,
+        gaps: Table,
     ) -> None:
         self._library = library
         self._deliver = deliver
         self._commands = commands
         self._command_descriptor = command_descriptor
         self._control = control
+        self._gaps = gaps
         self._loop = native.compile_loop()
         self._functions = tuple(native.native_functions(library))
         self._worker = UcxWorker(library, settings)
@@ -115,6 +117,7 @@ class UcxLoop:
                 descriptors,
                 self._clock,
                 self._control,
+                self._gaps,
                 self._endpoint_table[: self._num_rows()],
                 self._pull_table,
                 self._request_table,
@@ -292,9 +295,16 @@ class UcxLoop:
             self._end_warm_up(pull.peer, status, complete)
         elif complete:
             seconds = int(entry[native.PULL_ENDED_AT] - entry[native.PULL_POSTED_AT]) / 1e9
-            completed_at = int(entry[native.PULL_ENDED_AT]) / 1e9
-            num_bytes = int(pull.ranges[:, 2].sum())
-            self._deliver(PullCompleted(pull.pull_id, num_bytes, len(pull.ranges), seconds, completed_at))
+            self._deliver(
+                PullCompleted(
+                    pull.pull_id,
+                    num_bytes=int(pull.ranges[:, 2].sum()),
+                    num_gets=len(pull.ranges),
+                    seconds=seconds,
+                    completed_at=int(entry[native.PULL_ENDED_AT]) / 1e9,
+                    post_seconds=int(entry[native.PULL_POST_TIME]) / 1e9,
+                )
+            )
         else:
             reason = pull.peer.close_reason or self._library.describe_status(status)
             self._deliver(PullFailed(pull.pull_id, reason))

@@ -14,11 +14,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from llvmlite import ir  # type: ignore[import-untyped]
 from numba import carray, cfunc, njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic, register_jitable
+from numba.extending import register_jitable
 
+from pdengine.transport.native_calls import call_native, load_int64
 from pdengine.transport.ucx_library import UcxLibrary
 
 WINDOW = 32  # reads in flight per endpoint; UCX before 1.16 cannot cancel what overflows its queue of 64
@@ -46,12 +45,19 @@ PULL_STATUS = 5  # 0, or the error after which nothing more is posted
 PULL_PARAMETERS = 6  # address of the ucp_request_param_t
 PULL_POSTED_AT = 7  # CLOCK_MONOTONIC in ns of the first post
 PULL_ENDED_AT = 8  # of the last completion
-PULL_COLUMNS = 9
+PULL_POST_TIME = 9  # ns spent in ucp_get_nbx
+PULL_COLUMNS = 10
 
 # Entries of the control array
 CONTROL_WAKE = 0  # set by Python: return soon
 CONTROL_DEADLINE = 1  # CLOCK_MONOTONIC in ns at which to return
-CONTROL_SIZE = 2
+CONTROL_PROGRESSED_AT = 2  # CLOCK_MONOTONIC in ns after the last progress call, plus the sleep since; or 0
+CONTROL_SIZE = 3
+
+# The histogram of gaps between progress calls: bucket i counts those up to GAP_BOUNDS_NS[i], the last one
+# those above
+GAP_BOUNDS_NS = tuple(1000 << exponent for exponent in range(24))  # 1 us to 8.4 s
+NUM_GAP_BUCKETS = len(GAP_BOUNDS_NS) + 1
 
 RANGE_BYTES = 24
 _CLOCK_MONOTONIC = 1
@@ -102,7 +108,7 @@ def compile_loop() -> NativeLoop:
 def _compile(cache: bool) -> NativeLoop:
     # Signatures make numba compile here and not at the first call.
     table, vector, functions = types.int64[:, ::1], types.int64[::1], types.UniTuple(types.int64, 8)
-    signature = types.int64(functions, types.int64, types.int64, vector, vector, table, table, table)
+    signature = types.int64(functions, types.int64, types.int64, vector, vector, vector, table, table, table)
     error_signature = types.void(types.voidptr, types.voidptr, types.int8)
     return NativeLoop(
         njit(signature, nogil=True, cache=cache)(progress_until_news),
@@ -110,23 +116,27 @@ def _compile(cache: bool) -> NativeLoop:
     )
 
 
-def progress_until_news(functions, worker, descriptors, clock, control, endpoints, pulls, requests):  # type: ignore[no-untyped-def]
+def progress_until_news(  # type: ignore[no-untyped-def]
+    functions, worker, descriptors, clock, control, gaps, endpoints, pulls, requests
+):
     """Drive UCX until a pull ends, an endpoint breaks or is closed, Python asks, or the deadline passes.
 
     functions: NativeFunctions as a plain tuple; worker: handle; descriptors: address of two pollfd (the
-    worker's events, Python's commands); clock: [2] for a timespec; control: [CONTROL_SIZE]; endpoints:
-    [n, ENDPOINT_COLUMNS]; pulls: [m, PULL_COLUMNS]; requests: [m, WINDOW], those in flight, 0 where none.
-    Returns 0, or the error of ucp_worker_arm.
+    worker's events, Python's commands); clock: [2] for a timespec; control: [CONTROL_SIZE]; gaps:
+    [NUM_GAP_BUCKETS], counted up here; endpoints: [n, ENDPOINT_COLUMNS]; pulls: [m, PULL_COLUMNS]; requests:
+    [m, WINDOW], those in flight, 0 where none. Returns 0, or the error of ucp_worker_arm.
     """
     progress, arm, get, check_status, free, poll, clock_gettime, sched_yield = functions
     num_idle_passes = 0
     while True:
         num_events = _post(get, clock_gettime, clock, endpoints, pulls, requests)
+        _count_gap(_now(clock_gettime, clock), control, gaps)
         for _ in range(PROGRESS_CALLS):
-            if _call(progress, (worker,)) & 0xFFFFFFFF == 0:
+            if call_native(progress, (worker,)) & 0xFFFFFFFF == 0:
                 break
             num_events += 1
         now = _now(clock_gettime, clock)
+        control[CONTROL_PROGRESSED_AT] = now
         num_events += _collect(check_status, free, now, endpoints, pulls, requests)
         if control[CONTROL_WAKE] != 0 or now >= control[CONTROL_DEADLINE] or _has_news(endpoints, pulls):
             return 0
@@ -137,20 +147,34 @@ def progress_until_news(functions, worker, descriptors, clock, control, endpoint
         if num_idle_passes < IDLE_PASSES:
             # The peer may share this CPU: let it do more before we wait, so that a wake-up brings many
             # segments of an emulated read and not one. sched_yield takes no argument and ignores ours.
-            _call(sched_yield, (0,))
+            call_native(sched_yield, (0,))
             continue
-        status = _status(_call(arm, (worker,)))
+        status = _status(call_native(arm, (worker,)))
         if status == _UCS_ERR_BUSY:
             continue
         if status < 0:
             return status
         remaining_ms = (control[CONTROL_DEADLINE] - now) // 1_000_000 + 1
-        _call(poll, (descriptors, 2, min(remaining_ms, LONGEST_SLEEP_MS)))
+        asleep_at = _now(clock_gettime, clock)
+        call_native(poll, (descriptors, 2, min(remaining_ms, LONGEST_SLEEP_MS)))
+        control[CONTROL_PROGRESSED_AT] += _now(clock_gettime, clock) - asleep_at
 
 
 def _record_endpoint_error(status_cell, endpoint, status):  # type: ignore[no-untyped-def]
     """The ucp_err_handler_cb_t: no GIL, one store into ENDPOINT_STATUS."""
     carray(status_cell, (1,), np.int64)[0] = status
+
+
+@register_jitable
+def _count_gap(now, control, gaps):  # type: ignore[no-untyped-def]
+    """For how long UCX was not driven while it was awake: our own work, and Python's between two phases."""
+    if control[CONTROL_PROGRESSED_AT] == 0:
+        return
+    gap = now - control[CONTROL_PROGRESSED_AT]
+    bucket = 0
+    while bucket < len(GAP_BOUNDS_NS) and gap > GAP_BOUNDS_NS[bucket]:
+        bucket += 1
+    gaps[bucket] += 1
 
 
 @register_jitable
@@ -167,25 +191,28 @@ def _post(get, clock_gettime, clock, endpoints, pulls, requests):  # type: ignor
             and endpoint[ENDPOINT_IN_FLIGHT] < WINDOW
             and num_posted < WINDOW  # so that reads that end at once do not keep Python waiting
         ):
+            posting_at = _now(clock_gettime, clock)
             if pull[PULL_POSTED] == 0:
-                pull[PULL_POSTED_AT] = _now(clock_gettime, clock)
+                pull[PULL_POSTED_AT] = posting_at
             copy = pull[PULL_RANGES] + pull[PULL_POSTED] * RANGE_BYTES
-            request = _call(
+            request = call_native(
                 get,
                 (
                     endpoint[ENDPOINT_HANDLE],
-                    _load(copy),
-                    _load(copy + 16),
-                    _load(copy + 8),
+                    load_int64(copy),
+                    load_int64(copy + 16),
+                    load_int64(copy + 8),
                     endpoint[ENDPOINT_REMOTE_KEY],
                     pull[PULL_PARAMETERS],
                 ),
             )
+            posted_at = _now(clock_gettime, clock)
+            pull[PULL_POST_TIME] += posted_at - posting_at
             pull[PULL_POSTED] += 1
             num_posted += 1
             if _UCS_ERR_LAST <= request <= 0:  # ended at once: UCS_OK or an error
                 pull[PULL_COMPLETED] += 1
-                pull[PULL_ENDED_AT] = _now(clock_gettime, clock)
+                pull[PULL_ENDED_AT] = posted_at
                 if request < 0:
                     pull[PULL_STATUS] = request
                 continue
@@ -208,10 +235,10 @@ def _collect(check_status, free, now, endpoints, pulls, requests):  # type: igno
             request = requests[row, slot]
             if request == 0:
                 continue
-            status = _status(_call(check_status, (request,)))
+            status = _status(call_native(check_status, (request,)))
             if status == _UCS_INPROGRESS:
                 continue
-            _call(free, (request,))
+            call_native(free, (request,))
             requests[row, slot] = 0
             endpoints[pull[PULL_ENDPOINT], ENDPOINT_IN_FLIGHT] -= 1
             pull[PULL_COMPLETED] += 1
@@ -221,8 +248,8 @@ def _collect(check_status, free, now, endpoints, pulls, requests):  # type: igno
                 pull[PULL_STATUS] = status
     for row in range(len(endpoints)):
         request = endpoints[row, ENDPOINT_CLOSE_REQUEST]
-        if request != 0 and _status(_call(check_status, (request,))) != _UCS_INPROGRESS:
-            _call(free, (request,))
+        if request != 0 and _status(call_native(check_status, (request,))) != _UCS_INPROGRESS:
+            call_native(free, (request,))
             endpoints[row, ENDPOINT_CLOSE_REQUEST] = 0
             num_collected += 1
     return num_collected
@@ -262,7 +289,7 @@ def endpoint_is_closed(endpoint):  # type: ignore[no-untyped-def]
 
 @register_jitable
 def _now(clock_gettime, clock):  # type: ignore[no-untyped-def]
-    _call(clock_gettime, (_CLOCK_MONOTONIC, clock.ctypes.data))
+    call_native(clock_gettime, (_CLOCK_MONOTONIC, clock.ctypes.data))
     return clock[0] * 1_000_000_000 + clock[1]
 
 
@@ -270,30 +297,3 @@ def _now(clock_gettime, clock):  # type: ignore[no-untyped-def]
 def _status(result):  # type: ignore[no-untyped-def]
     """A ucs_status_t is one byte; the rest of the register is undefined."""
     return ((result & 0xFF) ^ 0x80) - 0x80
-
-
-@intrinsic
-def _call(typing_context, address, arguments):  # type: ignore[no-untyped-def]
-    """Call the C function at `address` with integers or pointers; the result is the raw 64-bit register."""
-
-    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
-        word = ir.IntType(64)
-        unpacked = [
-            context.cast(builder, value, value_type, types.int64)
-            for value, value_type in zip(cgutils.unpack_tuple(builder, values[1]), arguments, strict=True)
-        ]
-        function_type = ir.FunctionType(word, [word] * len(unpacked))
-        function = builder.inttoptr(values[0], function_type.as_pointer())
-        return builder.call(function, unpacked)
-
-    return types.int64(types.int64, arguments), generate
-
-
-@intrinsic
-def _load(typing_context, address):  # type: ignore[no-untyped-def]
-    """The int64 at `address`."""
-
-    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
-        return builder.load(builder.inttoptr(values[0], ir.IntType(64).as_pointer()))
-
-    return types.int64(types.int64), generate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import queue
 import threading
@@ -49,6 +50,7 @@ class UcxTransfer:
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._command_descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._control = np.zeros(ucx_progress.CONTROL_SIZE, np.int64)
+        self._gaps = np.zeros(ucx_progress.NUM_GAP_BUCKETS, np.int64)
         self._lock = threading.Lock()  # guards _closed together with the descriptor
         self._closed = False
 
@@ -60,6 +62,7 @@ class UcxTransfer:
                 commands=self._commands,
                 command_descriptor=self._command_descriptor,
                 control=self._control,
+                gaps=self._gaps,
             )
 
         started: Future[bytes] = Future()
@@ -91,6 +94,15 @@ class UcxTransfer:
 
     def disconnect(self, engine_id: str) -> None:
         self._submit(lambda loop: loop.disconnect(engine_id))
+
+    def progress_gaps(self) -> list[tuple[float, int]]:
+        """For how long UCX was left alone between two progress calls while its thread was not asleep.
+
+        A histogram since the start: (upper bound in seconds, number of gaps up to it and above the bound
+        before); the last bound is infinite. Where UCX emulates reads, our peers' reads wait for us meanwhile.
+        """
+        bounds = [*(nanoseconds / 1e9 for nanoseconds in ucx_progress.GAP_BOUNDS_NS), math.inf]
+        return list(zip(bounds, self._gaps.tolist(), strict=True))
 
     def close(self) -> None:
         self._submit(lambda loop: loop.close(), last=True)

@@ -46,15 +46,19 @@ def refusal(content: str, tmp_path: Path) -> str:
     return line.removeprefix(f"Error: {path}: ")
 
 
-def sample(option: click.Option) -> str | int:
+def sample(option: click.Option) -> str | float:
     """A value that the option takes and that is not its default."""
+    if isinstance(option.type, click.types.FloatParamType):
+        return 7.5
     if isinstance(option.type, click.types.IntParamType):
         return 7
+    if isinstance(option.type, click.Choice):
+        return next(str(choice) for choice in option.type.choices if choice != option.default)
     return "7%" if option.name == "kv_memory" else "some-text"
 
 
-def toml(table: str, key: str, value: str | int) -> str:
-    quoted = value if isinstance(value, int) else f'"{value}"'
+def toml(table: str, key: str, value: str | float) -> str:
+    quoted = value if isinstance(value, int | float) else f'"{value}"'
     return f"[{table}]\n{key} = {quoted}\n" if table else f"{key} = {quoted}\n"
 
 

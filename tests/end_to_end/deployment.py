@@ -12,6 +12,8 @@ from threading import Event
 from time import monotonic
 from typing import TypeVar
 
+import psutil
+
 from pdengine.client import Client, RouterUnavailable
 from pdengine.transport.messages import Status
 
@@ -44,10 +46,12 @@ class Deployment:
             for log in sorted(self.logs.glob("*.log")):
                 print(f"--- {log.name}\n{log.read_text()}")
 
-    def start_router(self, client_address: str = "", worker_address: str = "") -> subprocess.Popen[bytes]:
+    def start_router(
+        self, client_address: str = "", worker_address: str = "", options: Sequence[str] = ()
+    ) -> subprocess.Popen[bytes]:
         clients = ["--client-address", client_address or "tcp://127.0.0.1:0"]
         workers = ["--worker-address", worker_address or "tcp://127.0.0.1:0"]
-        router = self._spawn("router", ["router", "--model", str(self.model), *clients, *workers])
+        router = self._spawn("router", ["router", "--model", str(self.model), *clients, *workers, *options])
         match = wait_for(lambda: LISTENING.search(self.log_of(router)), process=router)
         self.client_address, self.worker_address = match.groups()
         return router
@@ -65,9 +69,10 @@ class Deployment:
         return self._spawn(role, [*arguments, *sizes, *options], module, environment)
 
     def wait_status(self, condition: Callable[[Status], object]) -> Status:
-        """The first status for which `condition` holds."""
+        """The first status for which `condition` holds; fails at once if a process has ended by itself."""
 
         def look() -> Status | None:
+            assert all(process.poll() is None for process in self.processes), "a process has ended"
             with contextlib.suppress(RouterUnavailable):
                 status = client.status()
                 return status if condition(status) else None
@@ -87,16 +92,28 @@ class Deployment:
         return self.wait_status(complete)
 
     def wait_baseline(self) -> None:
-        """Wait until no worker holds a block and the router has no request."""
-        self.wait_status(
-            lambda status: (
-                status.requests == 0
-                and all(
-                    (w.load.free_blocks, w.load.pinned_blocks, w.load.running, w.load.waiting)
-                    == (w.load.num_blocks, 0, 0, 0)
-                    for w in status.workers
-                )
+        """Wait until the router has no request and no worker, by a heartbeat of later, holds a block."""
+        done_at: list[float] = []
+
+        def is_baseline(status: Status) -> bool:
+            if status.requests:
+                done_at.clear()
+                return False
+            done_at.append(monotonic())
+            loads = [worker.load for worker in status.workers]
+            return all(worker.heartbeat_age < monotonic() - done_at[0] for worker in status.workers) and all(
+                (load.free_blocks, load.pinned_blocks, load.running, load.waiting)
+                == (load.num_blocks, 0, 0, 0)
+                for load in loads
             )
+
+        self.wait_status(is_baseline)
+
+    def wait_heartbeats(self) -> None:
+        """Wait until every worker has been heard once more."""
+        begun_at = monotonic()
+        self.wait_status(
+            lambda status: all(w.heartbeat_age < monotonic() - begun_at for w in status.workers) or None
         )
 
     def stop(self, process: subprocess.Popen[bytes], number: int = signal.SIGTERM) -> int:
@@ -105,6 +122,23 @@ class Deployment:
         status = process.wait(DEADLINE_SECONDS)
         self.processes.remove(process)
         return status
+
+    def pause(self, process: subprocess.Popen[bytes]) -> None:
+        """Stop a process by SIGSTOP; it returns when it stands still."""
+        process.send_signal(signal.SIGSTOP)
+        stopped = psutil.Process(process.pid)
+        wait_for(lambda: stopped.status() == psutil.STATUS_STOPPED or None, process)
+
+    def resume(self, process: subprocess.Popen[bytes]) -> None:
+        process.send_signal(signal.SIGCONT)
+
+    def wait_log(self, process: subprocess.Popen[bytes], pattern: str, times: int = 1) -> None:
+        """Wait until lines of the process's log match `pattern` at least so many times."""
+
+        def is_there() -> bool | None:
+            return len(re.findall(pattern, self.log_of(process), re.MULTILINE)) >= times or None
+
+        wait_for(is_there, process)
 
     def log_of(self, process: subprocess.Popen[bytes]) -> str:
         return self._log_paths[process].read_text()

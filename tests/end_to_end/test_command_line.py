@@ -131,6 +131,7 @@ def test_a_worker_of_another_model_is_refused(model: Path, tmp_path: Path) -> No
         router = deployment.start_router()
         stranger = deployment.start_worker("prefill", model=other)
         assert stranger.wait(DEADLINE_SECONDS) == 1
+        deployment.processes.remove(stranger)
         assert "Error: the router refused this worker: its model is" in deployment.log_of(stranger)
         assert "Traceback" not in deployment.log_of(stranger)
         assert "its model is" in deployment.log_of(router)

@@ -15,12 +15,13 @@ from sequences import make_sequence
 from pdengine.engine.block_pool import BlockPool
 from pdengine.engine.engine import AbortAll, AbortRequest, AddSequence, Engine, Event, LeaseUnneeded, Stop
 from pdengine.engine.leases import BorrowedLease
+from pdengine.engine.metrics import WorkerMetrics
 from pdengine.engine.pulls import Pulls
 from pdengine.engine.runner import Runner
 from pdengine.engine.scheduler import Chunk, Scheduler, SchedulerConfig
 from pdengine.engine.sequence import Mode
 from pdengine.transport.memory_transfer import Fabric, MemoryTransfer
-from pdengine.transport.messages import KVLease, Prefilled, Pulled, StepTokens
+from pdengine.transport.messages import KVLease, Prefilled, PromptProgress, PullEarly, Pulled, StepTokens
 from pdengine.transport.regions import RegionDescriptor, describe_region
 from pdengine.transport.transfer import PeerConnected
 
@@ -54,6 +55,7 @@ class TokenRunner(Runner):
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.pool: npt.NDArray[np.int64] = np.full((num_blocks, block_size), -1, np.int64)
+        self._free_steps = 0
         self._may_run = threading.Event()
         self._may_run.set()
         self._is_held = threading.Event()
@@ -67,7 +69,9 @@ class TokenRunner(Runner):
             base_address=self.pool.ctypes.data,
         )
 
-    def hold(self) -> None:
+    def hold(self, *, free_steps: int = 0) -> None:
+        """Stay inside the next step, or that after `free_steps` more."""
+        self._free_steps = free_steps
         self._is_held.clear()
         self._may_run.clear()
 
@@ -78,7 +82,9 @@ class TokenRunner(Runner):
         self._may_run.set()
 
     def run(self, chunks: Sequence_[Chunk]) -> list[int]:
-        if not self._may_run.is_set():
+        if not self._may_run.is_set() and self._free_steps:
+            self._free_steps -= 1
+        elif not self._may_run.is_set():
             self._is_held.set()
             assert self._may_run.wait(DEADLINE_SECONDS), "the step was never released"
         block_size = self.pool.shape[1]
@@ -120,6 +126,7 @@ class EngineWorker:
         self.transfer = MemoryTransfer(fabric, deliver=lambda event: self.engine.post(event))
         self.region = self.transfer.register(region)
         self.pulls = Pulls(self.transfer, self.pool, block_size=block_size, timeout=pull_seconds)
+        self.metrics = WorkerMetrics()
         self.engine = Engine(
             engine_id=engine_id,
             scheduler=self.scheduler,
@@ -127,11 +134,15 @@ class EngineWorker:
             pulls=self.pulls,
             eos_token_ids=frozenset(),
             lease_duration=LEASE_SECONDS,
+            metrics=self.metrics,
             emit=self._take_events,
         )
         self.borrowed: list[BorrowedLease] = []
         self.unneeded: list[BorrowedLease] = []
         self._events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
+        self._progress: queue.SimpleQueue[PromptProgress] = (
+            queue.SimpleQueue()
+        )  # an offer: nobody must take it
         self._num_settled = 0
         self._thread = threading.Thread(target=self._run, name=engine_id, daemon=True)
         self._thread.start()
@@ -181,6 +192,14 @@ class EngineWorker:
         self.engine.post(AddSequence(sequence))
         return borrowed
 
+    def pull_early(self, progress: PromptProgress, num_cached_tokens: int) -> None:
+        """Pull what is done of a prompt that a peer computes."""
+        self.engine.post(
+            PullEarly(
+                progress.request_id, progress.attempt, num_cached_tokens, progress.num_tokens, progress.lease
+            )
+        )
+
     def abort(self, request_id: str) -> None:
         self.engine.post(AbortRequest(request_id))
 
@@ -194,6 +213,10 @@ class EngineWorker:
         event = self._next_event()
         assert isinstance(event, kind), f"expected {kind.__name__}, got {event}"
         return event
+
+    def expect_progress(self) -> PromptProgress:
+        """The next piece of news of a prompt in chunks."""
+        return self._progress.get(timeout=DEADLINE_SECONDS)
 
     def expect_lease(self) -> KVLease:
         lease = self.expect(Prefilled).lease
@@ -238,6 +261,7 @@ class EngineWorker:
         assert not self.scheduler.has_work
         assert not self.scheduler.leased
         assert len(self.pulls) == self.pulls.num_quarantined == self.scheduler.num_pinned == 0
+        assert self.scheduler.num_reserved == 0
         assert self.pool.num_free == self.pool.num_blocks
         assert sorted(map(id, self.unneeded)) == sorted(map(id, self.borrowed))
 
@@ -257,5 +281,7 @@ class EngineWorker:
         for event in events:
             if isinstance(event, LeaseUnneeded):
                 self.unneeded.append(event.borrowed)
+            elif isinstance(event, PromptProgress):
+                self._progress.put(event)
             else:
                 self._events.put(event)

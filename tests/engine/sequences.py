@@ -20,11 +20,13 @@ def make_sequence(
     stop_token_ids: tuple[int, ...] = (),
     ignore_eos: bool = False,
     lease: BorrowedLease | None = None,
+    may_wait: bool = True,
 ) -> Sequence:
     """A greedy sequence."""
     sampling = SamplingParams(
         max_tokens=max_tokens, temperature=0.0, stop_token_ids=stop_token_ids, ignore_eos=ignore_eos
     )
-    return Sequence.from_work(
-        Work(request_id, attempt, list(prompt_ids), list(output_ids), sampling), mode, lease
-    )
+    work = Work(request_id, attempt, list(prompt_ids), list(output_ids), sampling)
+    sequence = Sequence.from_work(work, mode, may_wait=may_wait)
+    sequence.lease = lease
+    return sequence

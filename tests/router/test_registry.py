@@ -26,6 +26,11 @@ def picked(worker: WorkerEntry | None) -> str | None:
     return None if worker is None else worker.engine_id
 
 
+def first(registry: Registry, num_tokens: int, max_tokens: int) -> WorkerEntry | None:
+    """Who gets a new request."""
+    return next(iter(registry.rank_prefill(num_tokens, max_tokens)), None)
+
+
 def entry(registry: Registry, engine_id: str) -> WorkerEntry:
     worker = registry.get(engine_id)
     assert worker is not None
@@ -95,9 +100,9 @@ def test_the_least_loaded_worker_prefills() -> None:
     registry = registry_of(("prefill", 8), ("prefill", 8), ("unified", 8), ("decode", 8))
     for engine_id, tokens in (("0", 20), ("1", 5), ("2", 10)):
         entry(registry, engine_id).assigned["request"] = tokens
-    assert picked(registry.pick_prefill(10, 10)) == "1"
+    assert picked(first(registry, 10, 10)) == "1"
     entry(registry, "1").assigned["another"] = 6
-    assert picked(registry.pick_prefill(10, 10)) == "2"
+    assert picked(first(registry, 10, 10)) == "2"
 
 
 def test_a_decode_worker_with_room_comes_before_one_with_fewer_requests() -> None:
@@ -127,7 +132,7 @@ def test_a_prefill_worker_that_nobody_can_pull_from_runs_whole_requests() -> Non
     entry(registry, "2").broken_links.add("0")
     assert not registry.splits(prefill)
     assert registry.pick_decode(10, "0") is None
-    assert registry.pick_prefill(10, 10) is not None
+    assert first(registry, 10, 10) is not None
     entry(registry, "1").broken_links.clear()
     assert registry.splits(prefill)
 
@@ -144,7 +149,7 @@ def test_a_silence_of_our_own_is_forgiven() -> None:
 @pytest.mark.parametrize("role", ["prefill", "decode", "unified"])
 def test_one_side_alone_runs_whole_requests(role: Role) -> None:
     registry = registry_of((role, 8))
-    worker = registry.pick_prefill(10, 10)
+    worker = first(registry, 10, 10)
     assert worker is not None
     assert not registry.splits(worker)
 
@@ -152,10 +157,10 @@ def test_one_side_alone_runs_whole_requests(role: Role) -> None:
 def test_decode_workers_get_no_prompts_while_there_is_a_prefill_worker() -> None:
     registry = registry_of(("prefill", 8), ("decode", 8))
     entry(registry, "0").assigned["request"] = 1000
-    assert picked(registry.pick_prefill(10, 10)) == "0"
+    assert picked(first(registry, 10, 10)) == "0"
     assert registry.splits(entry(registry, "0"))
     entry(registry, "0").leaving = True
-    assert picked(registry.pick_prefill(10, 10)) == "1"
+    assert picked(first(registry, 10, 10)) == "1"
     assert not registry.splits(entry(registry, "1"))
 
 
@@ -163,7 +168,7 @@ def test_leaving_workers_get_nothing() -> None:
     registry = registry_of(("prefill", 8), ("decode", 8))
     for worker in registry:
         worker.leaving = True
-    assert registry.pick_prefill(1, 1) is None
+    assert first(registry, 1, 1) is None
     assert registry.pick_decode(1) is None
     assert not registry.is_disaggregated
 
@@ -171,18 +176,18 @@ def test_leaving_workers_get_nothing() -> None:
 def test_the_last_token_needs_no_room() -> None:
     capacity = 4 * BLOCK_SIZE
     registry = registry_of(("unified", 4))
-    assert picked(registry.pick_prefill(capacity, 1)) == "0"
-    assert registry.pick_prefill(capacity, 2) is None
+    assert picked(first(registry, capacity, 1)) == "0"
+    assert first(registry, capacity, 2) is None
 
 
 def test_a_prompt_that_no_decode_worker_could_go_on_with_stays_whole() -> None:
     registry = registry_of(("prefill", 8), ("decode", 1), ("unified", 4))
     entry(registry, "2").assigned["request"] = 1000
-    assert picked(registry.pick_prefill(30, 10)) == "2"
+    assert picked(first(registry, 30, 10)) == "2"
 
 
 def test_a_small_unified_worker_does_not_hide_a_large_one_of_another_role() -> None:
-    assert picked(registry_of(("unified", 1), ("prefill", 8)).pick_prefill(10, 50)) == "1"
+    assert picked(first(registry_of(("unified", 1), ("prefill", 8)), 10, 50)) == "1"
 
 
 roles = st.sampled_from(["prefill", "decode", "unified"])
@@ -199,15 +204,18 @@ def test_whoever_is_picked_can_do_it(
         member.leaving = data.draw(st.booleans())
         member.assigned = {str(n): tokens for n, tokens in enumerate(data.draw(st.lists(sizes, max_size=3)))}
     num_cached = num_tokens + max_tokens - 1
-    worker = registry.pick_prefill(num_tokens, max_tokens)
+    ranked = registry.rank_prefill(num_tokens, max_tokens)
     decoder = registry.pick_decode(num_cached)
-    for chosen, needed in ((worker, num_tokens), (decoder, num_cached)):
+    for chosen, needed in [*((worker, num_tokens) for worker in ranked), (decoder, num_cached)]:
         assert chosen is None or (not chosen.leaving and chosen.capacity >= needed)
     assert decoder is None or decoder.role == "decode"
-    if worker is not None and registry.splits(worker):
-        assert decoder is not None
-    elif worker is not None:
-        assert worker.capacity >= num_cached
+    for worker in ranked:
+        if registry.splits(worker):
+            assert decoder is not None
+        else:
+            assert worker.capacity >= num_cached
+    loads = [worker.assigned_tokens for worker in ranked]
+    assert loads == sorted(loads)
 
 
 @given(clusters, sizes, sizes)
@@ -219,7 +227,7 @@ def test_what_is_admitted_can_be_placed(
         check_fits(num_tokens, max_tokens, registry)
     except InvalidRequest:
         return
-    assert registry.pick_prefill(num_tokens, max_tokens) is not None
+    assert first(registry, num_tokens, max_tokens) is not None
 
 
 @given(st.lists(sizes, min_size=1, max_size=20))
@@ -228,7 +236,7 @@ def test_load_is_spread(requests: list[int]) -> None:
     registry = registry_of(("unified", 100), ("unified", 100), ("unified", 100))
     names = count()
     for num_tokens in requests:
-        chosen = registry.pick_prefill(num_tokens, 1)
+        chosen = first(registry, num_tokens, 1)
         assert chosen is not None
         chosen.assigned[str(next(names))] = num_tokens
     loads = [worker.assigned_tokens for worker in registry]

@@ -1,0 +1,54 @@
+"""`pdengine` with faults that a test switches on and off by files in the directory that FAULTS names.
+
+hold-pulls: a pull waits before its first read, on the engine thread, for as long as the file is there.
+lose-releases: messages that give leases back are not sent.
+"""
+
+import os
+from pathlib import Path
+from threading import Event
+
+from pdengine.cli.main import main
+from pdengine.engine.pulls import Pulls
+from pdengine.engine.worker import Worker
+from pdengine.transport.messages import Message, ReleaseLeases
+from pdengine.transport.transfer import Transfer
+
+POLL_SECONDS = 0.02
+FAULTS = Path(os.environ["FAULTS"])
+
+make_pulls = Pulls.__init__
+send_to_peer = Worker._send_to_peer
+
+
+def is_on(fault: str) -> bool:
+    return (FAULTS / fault).exists()
+
+
+def make_pulls_that_can_be_held(self: Pulls, transfer: Transfer, *arguments: object, **options: object) -> None:
+    start = transfer.pull
+
+    def pull(*arguments: object) -> None:
+        was_held = is_on("hold-pulls")
+        if was_held:
+            print("a pull is held", flush=True)
+            while is_on("hold-pulls"):
+                Event().wait(POLL_SECONDS)
+        start(*arguments)  # type: ignore[arg-type]
+        if was_held:
+            print("the pull has begun", flush=True)
+
+    transfer.pull = pull  # type: ignore[method-assign]
+    make_pulls(self, transfer, *arguments, **options)  # type: ignore[arg-type]
+
+
+def send_to_peer_unless_lost(self: Worker, engine_id: str, message: Message) -> None:
+    if isinstance(message, ReleaseLeases) and is_on("lose-releases"):
+        print("a release is lost", flush=True)
+    else:
+        send_to_peer(self, engine_id, message)
+
+
+Pulls.__init__ = make_pulls_that_can_be_held  # type: ignore[method-assign]
+Worker._send_to_peer = send_to_peer_unless_lost  # type: ignore[method-assign]
+main()

@@ -27,7 +27,7 @@ from pdengine.cli.options import (
 from pdengine.engine.memory import available_memory, memory_bytes
 from pdengine.engine.worker_config import WorkerConfig
 from pdengine.models.hub import resolve_model
-from pdengine.router.router import OnFailure, Router, RouterConfig
+from pdengine.router.router import OnFailure, Router, RouterConfig, TransferMode
 from pdengine.transport.messages import Role
 
 LINE_SECONDS = 5.0
@@ -60,6 +60,12 @@ logger = logging.getLogger(__name__)
     default=3,
     help="Workers that a request is given to before it fails.",
 )
+@option(
+    "--transfer",
+    type=click.Choice(get_args(TransferMode)),
+    default="early-pull",
+    help="Pull a KV cache while its prompt is computed, where a decode worker has room, or when it is done.",
+)
 def router(
     model: str,
     revision: str | None,
@@ -69,6 +75,7 @@ def router(
     silence_seconds: float,
     on_failure: OnFailure,
     max_attempts: int,
+    transfer: TransferMode,
     config: Path | None,
 ) -> None:
     """The front door: takes requests and gives them to workers."""
@@ -82,6 +89,7 @@ def router(
             silence_seconds=silence_seconds,
             on_failure=on_failure,
             max_attempts=max_attempts,
+            transfer=transfer,
         )
         server = Router(settings)
         click.echo(

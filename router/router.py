@@ -72,6 +72,7 @@ from pdengine.transport.sockets import SendFailed, ServerSocket
 logger = logging.getLogger(__name__)
 
 OnFailure = Literal["recompute", "fail"]
+TransferMode = Literal["early-pull", "pull"]
 TICK_SECONDS = 0.5
 TOKENIZER_THREADS = 4
 
@@ -80,7 +81,8 @@ TOKENIZER_THREADS = 4
 class RouterConfig:
     """heartbeat_seconds: asked of the workers. silence_seconds: a worker that is not heard of for so long is
     given up. on_failure: of a request's worker: compute the request anew on another one, with the tokens
-    written so far, or fail it. max_attempts: workers that a request is given to before it fails.
+    written so far, or fail it. max_attempts: workers that a request is given to before it fails. transfer:
+    whether a KV cache is pulled when its prompt is complete, or also before, where a decode worker has room.
     """
 
     model_directory: Path
@@ -90,6 +92,7 @@ class RouterConfig:
     silence_seconds: float = 5.0
     on_failure: OnFailure = "recompute"
     max_attempts: int = 3
+    transfer: TransferMode = "early-pull"
 
 
 class Router:
@@ -244,7 +247,7 @@ class Router:
     def _pull_early(self, message: PromptProgress) -> None:
         """Let a decode worker that has room for the request begin to pull what is done of its prompt."""
         request = self._ledger.current(message.request_id, message.attempt)
-        if request is None:
+        if request is None or self._config.transfer != "early-pull":
             return
         num_cached = request.max_total_tokens - 1
         worker = self._registry.get(request.early_worker)

@@ -68,7 +68,10 @@ def test_unified_and_disaggregated_write_the_tokens_of_transformers(family: str,
             assert answer.prefill_worker != answer.decode_worker
             assert answer.transfer is not None
             assert answer.transfer.num_blocks == -(-answer.usage.prompt_tokens // 16)
-            assert "tcp" not in answer.transfer.lanes
+            assert answer.transfer.lanes == "mapping"
+        longest = disaggregated[-1].transfer
+        assert longest is not None
+        assert longest.num_early_blocks > 0, "its first chunks were pulled while the last was computed"
 
         unified = deployment.start_worker("unified", *OPTIONS)
         for process in deployment.processes[1:3]:
@@ -79,6 +82,23 @@ def test_unified_and_disaggregated_write_the_tokens_of_transformers(family: str,
         assert all(answer.transfer is None for answer in together)
         deployment.wait_baseline()
         assert unified.poll() is None
+
+
+def test_ucx_on_one_host_writes_the_same_tokens(tmp_path: Path) -> None:
+    """One worker that asks for it is enough."""
+    model = tmp_path / "model"
+    write_checkpoint("llama-gqa", model)
+    with Deployment(model, tmp_path) as deployment:
+        deployment.start_router()
+        deployment.start_worker("prefill", *OPTIONS)
+        deployment.start_worker("decode", *OPTIONS, "--same-host", "ucx")
+        deployment.wait_workers("prefill", "decode")
+        answers = answers_of(deployment)
+        deployment.wait_baseline()
+    assert [answer.token_ids for answer in answers] == reference_tokens(model)
+    for answer in answers:
+        assert answer.transfer is not None
+        assert {"sysv", "posix"} & set(answer.transfer.lanes.split(", "))
 
 
 def test_a_zeroed_block_is_seen(tmp_path: Path) -> None:

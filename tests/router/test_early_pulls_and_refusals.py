@@ -74,6 +74,18 @@ async def test_without_a_decode_worker_with_room_nothing_is_pulled_early() -> No
 
 
 @on_event_loop
+async def test_nothing_is_pulled_early_where_that_is_turned_off() -> None:
+    async with running_cluster(transfer="pull") as cluster:
+        prefill, decode = await cluster.pair()
+        task, work = await cluster.start_request(prefill, max_tokens=2)
+        send_progress(prefill, work, 2)
+        prefill.send_prefilled(work, VIOLIN)
+        await finish(decode, (await decode.expect(Decode)).work)
+        await task
+        assert not decode.pending(PullEarly)
+
+
+@on_event_loop
 async def test_an_aborted_request_is_taken_back_from_who_pulls_early() -> None:
     async with running_cluster() as cluster:
         prefill, decode = await cluster.pair()

@@ -24,10 +24,11 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def write_result(name: str, figures: dict[str, Any]) -> Path:
-    """Write `bench/results/<name>.json` and return its path."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write_result(name: str, figures: dict[str, Any], path: Path | None = None) -> Path:
+    """Write the figures and the machine as JSON, by default to `bench/results/<name>.json`; the path."""
+    if path is None:
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"{name}.json"
     taken_at = datetime.now(UTC).isoformat(timespec="seconds")
     result = {"name": name, "taken_at": taken_at, "machine": describe_machine(), **figures}
     path.write_text(json.dumps(result, indent=2) + "\n")

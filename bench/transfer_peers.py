@@ -1,7 +1,7 @@
 """The two processes of `pdengine bench transfer`: the target offers a pool, the reader pulls from it.
 
 `python -m pdengine.bench.transfer_peers target|reader POOL_BYTES ADVERTISED_HOST mapping|ucx` takes and gives
-the messages below as lines of JSON. Both use the pool and the transfer of a worker.
+the messages of `transfer_messages` as lines of JSON. Both use the pool and the transfer of a worker.
 """
 
 from __future__ import annotations
@@ -17,61 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from pdengine.bench.memory_copy import compile_copy
-from pdengine.bench.scatter import UNIT_BYTES, Scatter
+from pdengine.bench.scatter import UNIT_BYTES
+from pdengine.bench.transfer_messages import Connected, Measure, Measured, Offer, ProgressGaps, Work
 from pdengine.transport.regions import RegionDescriptor, Run, copy_ranges, describe_region
 from pdengine.transport.shared_memory import SharedMemory
 from pdengine.transport.transfer import PeerConnected, PullCompleted, TransferEvent
 from pdengine.transport.two_path_transfer import TwoPathTransfer
 
 EVENT_SECONDS = 60.0
-
-
-class Offer(msgspec.Struct, frozen=True):
-    """The target's first message, which is the reader's first command, too: connect to it."""
-
-    worker_address: bytes
-    region: RegionDescriptor
-    version: str
-
-
-class Work(msgspec.Struct, frozen=True):
-    """To the target: what its main thread does from now on: "idle", "torch" or "python"."""
-
-    kind: str
-
-
-class ProgressGaps(msgspec.Struct, frozen=True):
-    """The target's answer: its gaps between calls of ucp_worker_progress since the last answer.
-
-    p99_seconds: 99 % of them were no longer; the upper bound of a bucket, None if it is the unbounded one.
-    """
-
-    count: int
-    p99_seconds: float | None
-
-
-class Connected(msgspec.Struct, frozen=True):
-    lanes: str
-
-
-class Measure(msgspec.Struct, frozen=True):
-    """To the reader: pull such blocks so many times, each time others."""
-
-    scatter: Scatter
-    repetitions: int
-
-
-class Measured(msgspec.Struct, frozen=True):
-    """The reader's answer, by repetition; times in seconds.
-
-    seconds: from the call of `pull` until its event has come. copy_seconds: of one memmove per run between
-    two pools of the reader's own, with the same runs.
-    """
-
-    seconds: list[float]
-    post_seconds: list[float]
-    num_gets: list[int]
-    copy_seconds: list[float]
 
 
 class WrongBytes(RuntimeError):

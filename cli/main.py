@@ -2,6 +2,7 @@
 
 import click
 
+from pdengine.cli.bench import bench
 from pdengine.cli.config import config
 from pdengine.cli.demo import demo
 from pdengine.cli.doctor import doctor
@@ -16,5 +17,5 @@ def main() -> None:
     """LLM inference with prefill and decode in separate processes."""
 
 
-for command in (router, prefill, decode, unified, up, generate, demo, config, doctor):
+for command in (router, prefill, decode, unified, up, generate, demo, config, doctor, bench):
     main.add_command(command)

@@ -21,7 +21,7 @@ from pdengine.cli.options import (
 )
 from pdengine.cli.serve import worker_config
 from pdengine.engine.memory import available_memory, check_memory, plan_memory
-from pdengine.engine.worker_config import WorkerConfig, split_metrics_address
+from pdengine.engine.worker_config import WorkerConfig, join_host_port, split_metrics_address
 from pdengine.models.config import load_config
 from pdengine.models.hub import resolve_model
 from pdengine.transport.messages import Role
@@ -126,6 +126,6 @@ def metrics_addresses(configs: Iterable[WorkerConfig]) -> list[str]:
             addresses.append("")
         else:
             host, port = split_metrics_address(config.metrics_address)
-            addresses.append(f"{host}:{port + taken[host, port] if port else 0}")
+            addresses.append(join_host_port(host, port + taken[host, port] if port else 0))
             taken[host, port] += 1
     return addresses

@@ -15,14 +15,14 @@ from types import TracebackType
 from typing import Self
 
 from pdengine.engine.metrics import TEXT_FORMAT, WorkerMetrics
-from pdengine.engine.worker_config import split_metrics_address
+from pdengine.engine.worker_config import join_host_port, split_metrics_address
 from pdengine.transport.sockets import AddressError
 
 logger = logging.getLogger(__name__)
 
 MAX_REQUEST_BYTES = 16 * 2**10  # request line and headers
 MAX_CONNECTIONS = 32
-CONNECTION_SECONDS = 5.0  # from the first byte of the request to the last one of the answer
+CONNECTION_SECONDS = 5.0  # for the request and its answer
 PLAIN_TEXT = "text/plain; charset=utf-8"
 
 
@@ -42,8 +42,7 @@ class MetricsServer:
         except (OSError, UnicodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise AddressError(f"cannot serve metrics on {address}: {reason}") from error
-        shown_host = f"[{host}]" if ":" in host else host
-        self.url = f"http://{shown_host}:{self._socket.getsockname()[1]}"
+        self.url = f"http://{join_host_port(host, self._socket.getsockname()[1])}"
         self._closing = asyncio.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)

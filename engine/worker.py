@@ -344,6 +344,7 @@ class Worker:
 
     def _refusal(self, sequence: Sequence, lease: KVLease | None = None) -> WorkFailed | None:
         def refuse(reason: str, *, retry: bool) -> WorkFailed:
+            self._parts.metrics.request_ended("failed")
             return WorkFailed(sequence.request_id, sequence.attempt, reason, retry)
 
         if self._stopping.is_set():

@@ -70,3 +70,8 @@ def split_metrics_address(address: str) -> tuple[str, int]:
         reason = "must be HOST:PORT or PORT, and the port a number from 0 to 65535"
         raise AddressError(f"metrics address {address!r} {reason}") from error
     return host.removeprefix("[").removesuffix("]"), number
+
+
+def join_host_port(host: str, port: int) -> str:
+    """HOST:PORT, as `split_metrics_address` takes it and as it stands in a URL."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -80,9 +80,10 @@ class Copier:
 
 def _compile(cache: bool) -> Callable[..., tuple[int, int]]:
     # Signatures make numba compile here and not at the first call.
-    functions, vector, table = types.UniTuple(types.int64, 3), types.int64[::1], types.int64[:, ::1]
-    pool = (types.int64, types.uint8[::1])
-    signature = types.UniTuple(types.int64, 2)(functions, vector, table, *pool, *pool, types.int64, types.int64)
+    word, vector, table = types.int64, types.int64[::1], types.int64[:, ::1]
+    pool = (word, types.uint8[::1])
+    arguments = (types.UniTuple(word, 3), vector, table, *pool, *pool, word, word)
+    signature = types.UniTuple(word, 2)(*arguments)
     compiled: Callable[..., tuple[int, int]] = njit(signature, nogil=True, cache=cache)(copy_ranges_natively)
     return compiled
 

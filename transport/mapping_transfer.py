@@ -209,8 +209,8 @@ class MappingTransfer:
         self._is_running = False
         for engine_id in list(self._peers):
             self._disconnect(engine_id, "the transfer is closed")
-        for pull in self._pulls:  # of peers that are not connected
-            self._deliver(PullFailed(pull.pull_id, "the transfer is closed"))
+        while self._pulls:  # of peers that are not connected
+            self._deliver(PullFailed(self._pulls.popleft().pull_id, "the transfer is closed"))
 
 
 def _decode(worker_address: bytes) -> HandoffAddress:

@@ -1,4 +1,4 @@
-"""The data plane within one process: a fake for tests of the engine, with pulls that can be held back."""
+"""The data plane within one process: a fake for tests of the engine, with copies that can be held back."""
 
 from __future__ import annotations
 
@@ -10,13 +10,21 @@ from dataclasses import dataclass
 
 import msgspec
 
-from pdengine.transport.regions import RegionDescriptor, Run, check_pull_compatible, copy_ranges
+from pdengine.transport.regions import (
+    RegionDescriptor,
+    Run,
+    check_pull_compatible,
+    copy_ranges,
+    layer_ranges,
+)
 from pdengine.transport.transfer import (
     Deliver,
     PeerConnected,
     PeerFailed,
     PullCompleted,
     PullFailed,
+    PushCompleted,
+    PushFailed,
     TransferError,
 )
 
@@ -42,17 +50,20 @@ class _Peer:
 
 
 @dataclass(frozen=True)
-class _Pull:
-    pull_id: int
+class _Copy:
+    """pushed_layer: None for a pull."""
+
+    copy_id: int
     engine_id: str
     runs: tuple[Run, ...]
     started_at: float
+    pushed_layer: int | None
 
 
 class MemoryTransfer:
-    """A `Transfer` between pools of one process. Pulls copy at once, on the caller's thread.
+    """A `PushTransfer` between pools of one process. It copies at once, on the caller's thread.
 
-    After `hold()` pulls wait in flight, for tests that delay, lose or fail them: `release` performs them,
+    After `hold()` copies wait in flight, for tests that delay, lose or fail them: `release` performs them,
     `fail` fails one, and one that is never released ends by `disconnect` or `close`, as with a dead peer.
     """
 
@@ -65,7 +76,7 @@ class MemoryTransfer:
         self._region: RegionDescriptor | None = None
         self._peers: dict[str, _Peer] = {}
         self._holding = False
-        self._held: dict[int, _Pull] = {}
+        self._held: dict[int, _Copy] = {}
         self._closed = False
         with fabric.lock:
             fabric.transfers[self.worker_address] = self
@@ -89,19 +100,20 @@ class MemoryTransfer:
             self._peers[engine_id] = _Peer(worker_address, region)
             self._deliver(PeerConnected(engine_id, "memory"))
 
+    def connect_to_push(self, engine_id: str, worker_address: bytes, region: RegionDescriptor) -> None:
+        self.connect(engine_id, worker_address, region)
+
     def pull(self, pull_id: int, engine_id: str, runs: Sequence[Run]) -> None:
-        pull = _Pull(pull_id, engine_id, tuple(runs), time.monotonic())
-        with self._fabric.lock:
-            if self._holding and engine_id in self._peers:
-                self._held[pull_id] = pull
-            else:
-                self._perform(pull)
+        self._start(_Copy(pull_id, engine_id, tuple(runs), time.monotonic(), pushed_layer=None))
+
+    def push(self, push_id: int, engine_id: str, runs: Sequence[Run], layer: int) -> None:
+        self._start(_Copy(push_id, engine_id, tuple(runs), time.monotonic(), pushed_layer=layer))
 
     def disconnect(self, engine_id: str) -> None:
         with self._fabric.lock:
             self._peers.pop(engine_id, None)
-            for pull in [pull for pull in self._held.values() if pull.engine_id == engine_id]:
-                self.fail(pull.pull_id, f"engine {engine_id} was disconnected")
+            for copy in [copy for copy in self._held.values() if copy.engine_id == engine_id]:
+                self.fail(copy.copy_id, f"engine {engine_id} was disconnected")
 
     def close(self) -> None:
         """Besides closing this side, breaks the connections of its readers: they see PeerFailed."""
@@ -116,32 +128,31 @@ class MemoryTransfer:
                 reader._lose_peer(self.worker_address)
 
     def hold(self) -> None:
-        """From now on pulls stay in flight."""
+        """From now on copies stay in flight."""
         with self._fabric.lock:
             self._holding = True
 
     @property
     def held(self) -> tuple[int, ...]:
-        """The ids of the pulls that are held, oldest first."""
+        """The ids of the pulls and pushes that are held, oldest first."""
         with self._fabric.lock:
             return tuple(self._held)
 
-    def release(self, pull_id: int | None = None) -> None:
-        """Perform one held pull, or with None all of them, and hold no more. KeyError if it is not held."""
+    def release(self, copy_id: int | None = None) -> None:
+        """Perform one held copy, or with None all of them, and hold no more. KeyError if it is not held."""
         with self._fabric.lock:
-            if pull_id is not None:
-                self._perform(self._held.pop(pull_id))
+            if copy_id is not None:
+                self._perform(self._held.pop(copy_id))
                 return
             self._holding = False
             held, self._held = self._held, {}
-            for pull in held.values():
-                self._perform(pull)
+            for copy in held.values():
+                self._perform(copy)
 
-    def fail(self, pull_id: int, reason: str) -> None:
-        """Fail one held pull. KeyError if it is not held."""
+    def fail(self, copy_id: int, reason: str) -> None:
+        """Fail one held copy. KeyError if it is not held."""
         with self._fabric.lock:
-            del self._held[pull_id]
-            self._deliver(PullFailed(pull_id, reason))
+            self._fail(self._held.pop(copy_id), reason)
 
     def _refusal(self, worker_address: bytes, region: RegionDescriptor) -> str | None:
         if self._closed:
@@ -156,24 +167,44 @@ class MemoryTransfer:
             return str(error)
         return None
 
-    def _perform(self, pull: _Pull) -> None:
-        peer = self._peers.get(pull.engine_id)
+    def _start(self, copy: _Copy) -> None:
+        with self._fabric.lock:
+            if self._holding and copy.engine_id in self._peers:
+                self._held[copy.copy_id] = copy
+            else:
+                self._perform(copy)
+
+    def _perform(self, copy: _Copy) -> None:
+        peer, layer = self._peers.get(copy.engine_id), copy.pushed_layer
         if self._closed:
-            self._deliver(PullFailed(pull.pull_id, "the transfer is closed"))
+            self._fail(copy, "the transfer is closed")
             return
         if peer is None or self._region is None:
-            self._deliver(PullFailed(pull.pull_id, f"engine {pull.engine_id} is not connected"))
+            self._fail(copy, f"engine {copy.engine_id} is not connected")
             return
         try:
-            ranges = copy_ranges(peer.region, self._region, pull.runs)
+            if layer is None:
+                ranges = copy_ranges(peer.region, self._region, copy.runs)
+            else:
+                ranges = layer_ranges(peer.region, self._region, copy.runs, layer)
         except ValueError as error:
-            self._deliver(PullFailed(pull.pull_id, str(error)))
+            self._fail(copy, str(error))
             return
         for local_address, remote_address, length in ranges.tolist():
-            ctypes.memmove(local_address, remote_address, length)
-        now = time.monotonic()
-        num_bytes = int(ranges[:, 2].sum())
-        self._deliver(PullCompleted(pull.pull_id, num_bytes, len(ranges), now - pull.started_at, now))
+            if layer is None:
+                ctypes.memmove(local_address, remote_address, length)
+            else:
+                ctypes.memmove(remote_address, local_address, length)
+        num_bytes, now = int(ranges[:, 2].sum()), time.monotonic()
+        if layer is None:
+            seconds = now - copy.started_at
+            self._deliver(PullCompleted(copy.copy_id, num_bytes, len(ranges), seconds, now))
+        else:
+            self._deliver(PushCompleted(copy.copy_id, num_bytes, len(ranges), now))
+
+    def _fail(self, copy: _Copy, reason: str) -> None:
+        failed = PullFailed if copy.pushed_layer is None else PushFailed
+        self._deliver(failed(copy.copy_id, reason))
 
     def _lose_peer(self, worker_address: bytes) -> None:
         lost = [engine_id for engine_id, peer in self._peers.items() if peer.worker_address == worker_address]

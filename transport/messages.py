@@ -7,12 +7,12 @@ durations: no clock reading ever crosses the wire.
     any     -> sender   Malformed
     client  -> router   Generate, Cancel, Inquire, GetStatus
     router  -> client   Accepted, Delta, Status, and one Outcome per request
-    worker  -> router   Hello, Heartbeat, Leaving, Left, PeerLink, PromptProgress, Prefilled,
-                        DecodeAccepted, Pulled, StepTokens, WorkRefused, WorkFailed, LeasesRenewed
-    router  -> worker   Welcome, Refused, HeartbeatReply, PeerJoined, PeerLeft, Prefill, PullEarly, Decode,
-                        PrefillAndDecode, Abort, RenewLeases, ReleaseLeases
-    decode  -> prefill  RenewLeases, ReleaseLeases
-    prefill -> decode   LeasesRenewed
+    worker  -> router   Hello, Heartbeat, Leaving, Left, PeerLink, PromptProgress, Prefilled, DecodeAccepted,
+                        Pulled, Reserved, Pushed, StepTokens, WorkRefused, WorkFailed, LeasesRenewed
+    router  -> worker   Welcome, Refused, HeartbeatReply, PeerJoined, PeerLeft, Prefill, PullEarly, Reserve,
+                        Decode, PrefillAndDecode, Abort, RenewLeases, ReleaseLeases
+    decode  -> prefill  RenewLeases, ReleaseLeases, EndPush
+    prefill -> decode   LeasesRenewed, PushEnded
 """
 
 from typing import Annotated, Literal
@@ -114,11 +114,11 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class TransferStats(msgspec.Struct, frozen=True):
-    """What the pull of one prompt moved.
+    """What the pull, or the push, of one prompt moved.
 
-    num_gets: reads, one per run of consecutive blocks. seconds: while reads were in flight. lanes: what
-    carried them, "mapping" or as UCX names it. num_early_blocks: those whose read began before the
-    prompt was complete.
+    num_gets: reads, one per run of consecutive blocks; of a push, writes. seconds: while reads were in flight;
+    of a push, from its first write to the end of its last one. lanes: what carried them, "mapping" or as UCX
+    names it. num_early_blocks: those whose read began before the prompt was complete.
     """
 
     num_blocks: int
@@ -298,7 +298,7 @@ class Left(Message, frozen=True):
 
 
 class PeerLink(Message, frozen=True):
-    """This worker can pull from `engine_id` over `lanes`, or cannot, because of `error`."""
+    """This worker can pull from `engine_id`, or push to it, over `lanes`, or cannot, because of `error`."""
 
     engine_id: str
     lanes: str = ""
@@ -320,7 +320,7 @@ class PromptProgress(Message, frozen=True):
 class Prefilled(Message, frozen=True):
     """The prompt's KV cache is there, and so is the next token.
 
-    lease: None where the request ended with this token.
+    lease: None where the request ended with this token, or where the KV cache is pushed: then Pushed follows.
     """
 
     request_id: str
@@ -329,6 +329,7 @@ class Prefilled(Message, frozen=True):
     token_id: TokenId
     finish_reason: FinishReason | None
     lease: KVLease | None
+    pushed: bool = False
 
 
 class DecodeAccepted(Message, frozen=True):
@@ -339,6 +340,22 @@ class DecodeAccepted(Message, frozen=True):
 
 
 class Pulled(Message, frozen=True):
+    request_id: str
+    attempt: int
+    stats: TransferStats
+
+
+class Reserved(Message, frozen=True):
+    """Blocks for the whole request are held here; `block_ids` are those that its prompt is written to."""
+
+    request_id: str
+    attempt: int
+    block_ids: list[int]
+
+
+class Pushed(Message, frozen=True):
+    """All of the prompt's KV cache lies in the blocks that were reserved for it."""
+
     request_id: str
     attempt: int
     stats: TransferStats
@@ -378,11 +395,15 @@ class WorkFailed(Message, frozen=True):
 
 
 class Welcome(Message, frozen=True):
-    """epoch: names this run of the router; work of another epoch is aborted."""
+    """epoch: names this run of the router; work of another epoch is aborted.
+
+    pushes: prefill workers write the KV cache to decode workers; otherwise these read it.
+    """
 
     epoch: str
     heartbeat_interval: float
     peers: list[PeerDescriptor]
+    pushes: bool = False
 
 
 class Refused(Message, frozen=True):
@@ -408,14 +429,23 @@ class PeerLeft(Message, frozen=True):
     engine_id: str
 
 
+class PushTarget(msgspec.Struct, frozen=True):
+    """Blocks of the worker `engine_id` that wait for the KV cache of one prompt."""
+
+    engine_id: str
+    block_ids: list[int]
+
+
 class Prefill(Message, frozen=True):
     """Compute the prompt, answer Prefilled and hold the KV cache under a lease.
 
-    may_wait: queue it if it cannot start at once; otherwise refuse it.
+    may_wait: queue it if it cannot start at once; otherwise refuse it. push_to: write the KV cache there
+    while it is computed, instead of granting a lease.
     """
 
     work: Work
     may_wait: bool = True
+    push_to: PushTarget | None = None
 
 
 class PullEarly(Message, frozen=True):
@@ -432,11 +462,18 @@ class PullEarly(Message, frozen=True):
     lease: KVLease
 
 
-class Decode(Message, frozen=True):
-    """Pull the leased KV cache and write the answer."""
+class Reserve(Message, frozen=True):
+    """Queue the request, hold blocks for it, answer Reserved: `writer` will push the KV cache into them."""
 
     work: Work
-    lease: KVLease
+    writer: str
+
+
+class Decode(Message, frozen=True):
+    """Pull the leased KV cache and write the answer. lease: None if the KV cache was pushed."""
+
+    work: Work
+    lease: KVLease | None
 
 
 class PrefillAndDecode(Message, frozen=True):
@@ -469,6 +506,20 @@ class ReleaseLeases(Message, frozen=True):
     lease_ids: list[int]
 
 
+class EndPush(Message, frozen=True):
+    """Nobody wants this attempt any more: write nothing more for it, and answer PushEnded."""
+
+    request_id: str
+    attempt: int
+
+
+class PushEnded(Message, frozen=True):
+    """Nothing is written for this attempt any more, and nothing will be."""
+
+    request_id: str
+    attempt: int
+
+
 WorkerToRouter = (
     Hello
     | Heartbeat
@@ -479,6 +530,8 @@ WorkerToRouter = (
     | Prefilled
     | DecodeAccepted
     | Pulled
+    | Reserved
+    | Pushed
     | StepTokens
     | WorkRefused
     | WorkFailed
@@ -492,6 +545,7 @@ RouterToWorker = (
     | PeerLeft
     | Prefill
     | PullEarly
+    | Reserve
     | Decode
     | PrefillAndDecode
     | Abort
@@ -499,5 +553,5 @@ RouterToWorker = (
     | ReleaseLeases
     | Malformed
 )
-PeerRequest = RenewLeases | ReleaseLeases
-PeerReply = LeasesRenewed | Malformed
+PeerRequest = RenewLeases | ReleaseLeases | EndPush
+PeerReply = LeasesRenewed | PushEnded | Malformed

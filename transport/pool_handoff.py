@@ -106,12 +106,17 @@ class PoolHandoff:
         """Answer clients, and be the parent of all tasks: an unexpected exception in one ends the thread."""
         async with asyncio.TaskGroup() as self._group:
             while True:
+                await _readable(self._listener)
                 try:
-                    client, _ = await self._loop.sock_accept(self._listener)
+                    # Not asyncio's sock_accept, which loses a client when it is cancelled.
+                    client, _ = self._listener.accept()
+                except BlockingIOError:  # that client has left already
+                    continue
                 except OSError as error:  # files have run out, for instance
                     logger.warning("no peer can ask for the KV pool: %s", error.strerror)
                     await asyncio.sleep(RETRY_SECONDS)
                     continue
+                client.setblocking(False)
                 self._group.create_task(self._answer(client))
 
     async def _answer(self, client: socket.socket) -> None:
@@ -123,6 +128,8 @@ class PoolHandoff:
                 if refusal is not None:
                     logger.warning("the KV pool was not handed over: %s", refusal)
                     client.send(refusal.encode())
+                    with contextlib.suppress(BlockingIOError):  # unread bytes would take the answer back
+                        client.recv(MAX_PACKET)
                 else:
                     assert self._offered is not None
                     socket.send_fds(client, [GRANTED], [self._offered])
@@ -194,7 +201,7 @@ async def _connect(connection: socket.socket, name: str) -> None:
 async def _readable(connection: socket.socket) -> None:
     loop = asyncio.get_running_loop()
     ready = loop.create_future()
-    loop.add_reader(connection, ready.set_result, None)
+    loop.add_reader(connection, lambda: ready.done() or ready.set_result(None))
     try:
         await ready
     finally:

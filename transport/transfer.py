@@ -38,6 +38,24 @@ class PullFailed:
 
 
 @dataclass(frozen=True)
+class PushCompleted:
+    """All bytes of a push lie in the peer's memory."""
+
+    push_id: int
+    num_bytes: int
+    num_puts: int
+    completed_at: float  # time.monotonic()
+
+
+@dataclass(frozen=True)
+class PushFailed:
+    """The push has ended and nothing more is written for it; what the peer's blocks hold is undefined."""
+
+    push_id: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class PeerConnected:
     """The peer answered; `lanes` names what carries its reads, e.g. "mapping" or UCX's "sysv, posix"."""
 
@@ -53,7 +71,9 @@ class PeerFailed:
     reason: str
 
 
-TransferEvent: TypeAlias = PullCompleted | PullFailed | PeerConnected | PeerFailed
+TransferEvent: TypeAlias = (
+    PullCompleted | PullFailed | PushCompleted | PushFailed | PeerConnected | PeerFailed
+)
 Deliver: TypeAlias = Callable[[TransferEvent], None]
 """Takes an event on any thread; must be thread-safe and quick, e.g. `SimpleQueue.put`."""
 
@@ -111,4 +131,20 @@ class Transfer(Protocol):
 
     def close(self) -> None:
         """Fail what is in flight, disconnect all peers and release everything. Waits; idempotent."""
+        ...
+
+
+class PushTransfer(Transfer, Protocol):
+    """A Transfer that can write to its peers, too. It is for comparison with pulls: docs/transfer.md, "Push"."""
+
+    def connect_to_push(self, engine_id: str, worker_address: bytes, region: RegionDescriptor) -> None:
+        """Like `connect`, by a path that can write."""
+        ...
+
+    def push(self, push_id: int, engine_id: str, runs: Sequence[Run], layer: int) -> None:
+        """Copy one layer of `runs` of blocks from our pool into the peer's, without waiting.
+
+        That is one write per block and KV head. Ends in exactly one PushCompleted or PushFailed, in the cases
+        of `pull`. Our blocks must not change before. The caller chooses `push_id`, unique while in flight.
+        """
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from pdengine.transport import ucx_library as ucx
 from pdengine.transport.transfer import TransferError
 from pdengine.transport.ucx_library import UcxLibrary
 
+CHECKSUM_BYTES = 8
 FIRST_VERSION_THAT_CLOSES_SAFELY = (1, 16)
 _RESOURCE = re.compile(r"resource \d+\s*:.*?--\s*(\S+)")
 _LANE = re.compile(r"lane\[\d+\]:\s+\d+:(\S+)\.\d+\s+md\[")
@@ -50,12 +52,13 @@ class UcxWorker:
         return int(descriptor[0])
 
     def address(self) -> bytes:
+        """What a peer passes to `create_endpoint`."""
         address, length = self._ffi.new("void **"), self._ffi.new("size_t *")
         status = self._ucp.ucp_worker_get_address(self._worker, address, length)
         self._check(status, "ucp_worker_get_address")
         packed = bytes(self._ffi.buffer(address[0], length[0]))
         self._ucp.ucp_worker_release_address(self._worker, address[0])
-        return packed
+        return seal(packed)
 
     def map_memory(self, address: int, num_bytes: int) -> MappedMemory:
         """Register memory until `close`."""
@@ -71,7 +74,7 @@ class UcxWorker:
         self._check(self._ucp.ucp_rkey_pack(self._context, memory[0], buffer, size), "ucp_rkey_pack")
         remote_key = bytes(self._ffi.buffer(buffer[0], size[0]))
         self._ucp.ucp_rkey_buffer_release(buffer[0])
-        return MappedMemory(handle, remote_key)
+        return MappedMemory(handle, seal(remote_key))
 
     def get_parameters(self, memory: int | None) -> int:
         """The address of the ucp_request_param_t for GETs into mapped memory, or into any memory (None)."""
@@ -83,10 +86,11 @@ class UcxWorker:
         return int(self._ffi.cast("intptr_t", parameters))
 
     def create_endpoint(self, worker_address: bytes, error_handler: int, error_argument: int) -> int:
-        """An endpoint in error mode "peer"; `error_handler` is the address of a ucp_err_handler_cb_t."""
-        if not worker_address:
-            raise TransferError("the peer's worker address is empty")
-        buffer = self._ffi.from_buffer(worker_address)
+        """An endpoint in error mode "peer"; `error_handler` is the address of a ucp_err_handler_cb_t.
+
+        Raises TransferError if `worker_address` is not what `address` gave.
+        """
+        buffer = self._ffi.from_buffer(unseal(worker_address, "worker address"))
         parameters = self._ffi.new("ucp_ep_params_t *")
         parameters.field_mask = (
             ucx.UCP_EP_PARAM_FIELD_REMOTE_ADDRESS
@@ -113,10 +117,9 @@ class UcxWorker:
         return result
 
     def unpack_remote_key(self, endpoint: int, remote_key: bytes) -> int:
-        if not remote_key:
-            raise TransferError("the peer's remote key is empty")
+        """Raises TransferError if `remote_key` is not what `map_memory` gave."""
         key = self._ffi.new("void **")
-        buffer = self._ffi.from_buffer(remote_key)
+        buffer = self._ffi.from_buffer(unseal(remote_key, "remote key"))
         status = self._ucp.ucp_ep_rkey_unpack(self._pointer(endpoint), buffer, key)
         self._check(status, "ucp_ep_rkey_unpack")
         return int(self._ffi.cast("intptr_t", key[0]))
@@ -189,6 +192,25 @@ class UcxWorker:
 
     def _check(self, status: int, call: str) -> None:
         self._library.check(status, call)
+
+
+def seal(packed: bytes) -> bytes:
+    """What UCX packed, with a checksum before it, because UCX aborts the process on a damaged address."""
+    return _checksum(packed) + packed
+
+
+def unseal(sealed: bytes, name: str) -> bytes:
+    """The bytes that were sealed. Raises TransferError, with `name` in it, if they are not whole."""
+    if not sealed:
+        raise TransferError(f"the peer's {name} is empty")
+    packed = sealed[CHECKSUM_BYTES:]
+    if _checksum(packed) != sealed[:CHECKSUM_BYTES]:
+        raise TransferError(f"the peer's {name} is damaged: its checksum does not match")
+    return packed
+
+
+def _checksum(packed: bytes) -> bytes:
+    return hashlib.blake2b(packed, digest_size=CHECKSUM_BYTES, person=b"pdengine-ucx").digest()
 
 
 def parse_lanes(report: str) -> str:

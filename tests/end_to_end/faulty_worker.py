@@ -25,7 +25,9 @@ def is_on(fault: str) -> bool:
     return (FAULTS / fault).exists()
 
 
-def make_pulls_that_can_be_held(self: Pulls, transfer: Transfer, *arguments: object, **options: object) -> None:
+def make_pulls_that_can_be_held(
+    self: Pulls, transfer: Transfer, *arguments: object, **options: object
+) -> None:
     start = transfer.pull
 
     def pull(*arguments: object) -> None:
@@ -38,7 +40,7 @@ def make_pulls_that_can_be_held(self: Pulls, transfer: Transfer, *arguments: obj
         if was_held:
             print("the pull has begun", flush=True)
 
-    transfer.pull = pull  # type: ignore[method-assign]
+    transfer.pull = pull  # type: ignore[method-assign, assignment]
     make_pulls(self, transfer, *arguments, **options)  # type: ignore[arg-type]
 
 

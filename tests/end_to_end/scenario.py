@@ -19,11 +19,12 @@ SAMPLED: dict[str, Any] = {"temperature": 1.0, "top_p": 0.95, "seed": 11, "ignor
 CLIENT_SECONDS = 120.0  # no request of these tests may take longer
 BLOCK_BYTES = 2 * 3 * 2 * 16 * 32 * 4  # KV heads, layers, K and V, tokens, head_dim, float32
 
-# The transfers of two workers on one host: memory that is mapped, and UCX over shared memory and over TCP,
-# where the worker that is read from must help.
-UCX_SHARED_MEMORY = (("--same-host", "ucx"), {})
-UCX_TCP = (("--same-host", "ucx"), {"UCX_TLS": "tcp"})
-MAPPING: tuple[tuple[str, ...], dict[str, str]] = (("--same-host", "mapping"), {})
+# How two workers on one host move the KV cache, as options and environment of both: memory that is mapped,
+# and UCX over shared memory and over TCP, where the worker that is read from must help.
+TransferPath = tuple[tuple[str, ...], dict[str, str]]
+MAPPING: TransferPath = (("--same-host", "mapping"), {})
+UCX_SHARED_MEMORY: TransferPath = (("--same-host", "ucx"), {})
+UCX_TCP: TransferPath = (("--same-host", "ucx"), {"UCX_TLS": "tcp"})
 
 
 def kv_memory(num_blocks: int) -> tuple[str, str]:

@@ -1,8 +1,9 @@
-"""A decode worker is killed or stands still in the middle of its work: what the client gets is right anyway."""
+"""A decode worker is killed or stands still in the middle of its work: the answers are right anyway."""
 
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from deployment import Deployment
 from scenario import (
@@ -84,10 +85,10 @@ def test_a_stopped_decode_worker_wakes_up_and_goes_on_with_requests_that_others_
     wandering_model: Path, undisturbed: Client, tmp_path: Path
 ) -> None:
     """No token is lost or comes twice, whether it was chosen greedily or sampled."""
-    num_tokens = 1500
-    prompts = {seed: random_prompt(40, seed) for seed in range(4)}
+    num_tokens = 800
+    prompts = {seed: random_prompt(40, seed) for seed in range(2)}
 
-    def sampling(seed: int) -> dict[str, object]:
+    def sampling(seed: int) -> dict[str, Any]:
         return GREEDY if seed % 2 else {**SAMPLED, "seed": seed}
 
     with (
@@ -120,7 +121,7 @@ def test_a_stopped_decode_worker_wakes_up_and_goes_on_with_requests_that_others_
 
 
 def wait_decoding(deployment: Deployment) -> None:
-    """Wait until the decode worker writes the answers to four requests."""
+    """Wait until the decode worker writes two answers."""
     deployment.wait_status(
-        lambda status: any(w.role == "decode" and w.load.running == 4 for w in status.workers) or None
+        lambda status: any(w.role == "decode" and w.load.running == 2 for w in status.workers) or None
     )

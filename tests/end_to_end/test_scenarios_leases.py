@@ -9,7 +9,8 @@ import pytest
 from deployment import Deployment
 from scenario import FLOAT32, GREEDY, FaultyWorker, ask, check_healthy, cluster, random_prompt, tokens
 
-from pdengine.client import Client, Stream, TimedOut
+from pdengine.client import Client, TimedOut
+from pdengine.client.client import Stream
 
 LEASE_SECONDS = 2.0
 
@@ -68,12 +69,14 @@ def test_a_request_that_waits_in_vain_for_room_ends_with_its_deadline(
     short_leases: tuple[Deployment, FaultyWorker],
 ) -> None:
     deployment, _ = short_leases
-    with Client(deployment.client_address) as client:
-        with client.stream(random_prompt(20), max_tokens=8000, **GREEDY) as first_in_line:
-            next(first_in_line)
-            with pytest.raises(TimedOut):
-                ask(client, random_prompt(30), **{**GREEDY, "timeout": LEASE_SECONDS / 2})
-            next(first_in_line)
+    with (
+        Client(deployment.client_address) as client,
+        client.stream(random_prompt(20), max_tokens=8000, **GREEDY) as first_in_line,
+    ):
+        next(first_in_line)
+        with pytest.raises(TimedOut):
+            ask(client, random_prompt(30), **{**GREEDY, "timeout": LEASE_SECONDS / 2})
+        next(first_in_line)
 
 
 def test_no_decode_worker_takes_the_request_for_three_leases(
@@ -84,14 +87,16 @@ def test_no_decode_worker_takes_the_request_for_three_leases(
     expired_before = num_expired(deployment)
     prompt = random_prompt(100)
     deployment.pause(decoder.process)
-    with Client(deployment.client_address) as client:
-        with client.stream(prompt, max_tokens=24, **GREEDY) as stream:
-            received = next(stream).token_ids
-            granted_at = monotonic()
-            deployment.wait_status(lambda status: monotonic() > granted_at + 3 * LEASE_SECONDS or None)
-            deployment.resume(decoder.process)
-            for delta in stream:
-                received += delta.token_ids
+    with (
+        Client(deployment.client_address) as client,
+        client.stream(prompt, max_tokens=24, **GREEDY) as stream,
+    ):
+        received = next(stream).token_ids
+        granted_at = monotonic()
+        deployment.wait_status(lambda status: monotonic() > granted_at + 3 * LEASE_SECONDS or None)
+        deployment.resume(decoder.process)
+        for delta in stream:
+            received += delta.token_ids
     assert received == tokens(undisturbed, prompt, **GREEDY)
     assert stream.completion.attempts == 1
     assert num_expired(deployment) == expired_before

@@ -2,7 +2,6 @@
 
 import signal
 import socket
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from scenario import (
     UCX_SHARED_MEMORY,
     UCX_TCP,
     FaultyWorker,
+    TransferPath,
     ask,
     check_healthy,
     cluster,
@@ -46,7 +46,7 @@ def free_address() -> str:
     ],
 )
 def test_prefill_is_killed_in_the_middle_of_a_pull_and_started_again_on_the_same_port(
-    path: tuple[tuple[str, ...], Mapping[str, str]],
+    path: TransferPath,
     rounds: int,
     wandering_model: Path,
     undisturbed: Client,
@@ -59,9 +59,7 @@ def test_prefill_is_killed_in_the_middle_of_a_pull_and_started_again_on_the_same
         deployment.start_router(options=("--heartbeat-seconds", "0.2", "--silence-seconds", "2"))
         decoder = FaultyWorker(deployment, "decode", *FLOAT32, *options, environment=environment)
         for number in range(rounds):
-            prefiller = deployment.start_worker(
-                "prefill", *FLOAT32, *options, *bind, environment=dict(environment)
-            )
+            prefiller = deployment.start_worker("prefill", *FLOAT32, *options, *bind, environment=environment)
             deployment.wait_workers("prefill", "decode")
             check_healthy(deployment, undisturbed)
             with Client(deployment.client_address) as client:
@@ -85,7 +83,7 @@ def test_prefill_is_killed_in_the_middle_of_a_pull_and_started_again_on_the_same
 def test_prefill_stands_still_for_longer_than_a_pull_may_take_and_goes_on(
     wandering_model: Path, undisturbed: Client, tmp_path: Path
 ) -> None:
-    """The pull is given up; what arrives of it late harms nobody, and the request gets its answer in the end."""
+    """The pull is given up; what arrives late harms nobody, and the request gets its answer in the end."""
     options, environment = UCX_TCP
     prompts = [random_prompt(300, seed) for seed in range(6)]
     with (
@@ -93,7 +91,7 @@ def test_prefill_stands_still_for_longer_than_a_pull_may_take_and_goes_on(
         ThreadPoolExecutor() as threads,
     ):
         deployment.start_router(options=("--heartbeat-seconds", "0.2", *NEVER_NOTICED))
-        sleeper = deployment.start_worker("prefill", *FLOAT32, *options, environment=dict(environment))
+        sleeper = deployment.start_worker("prefill", *FLOAT32, *options, environment=environment)
         decoder = FaultyWorker(
             deployment, "decode", *FLOAT32, *options, "--pull-seconds", "1", environment=environment
         )
@@ -109,7 +107,7 @@ def test_prefill_stands_still_for_longer_than_a_pull_may_take_and_goes_on(
                 ask(client, prompts[1], timeout=1.0, **GREEDY)
 
             # The second deadline passes while another prefill worker starts.
-            deployment.start_worker("prefill", *FLOAT32, *options, environment=dict(environment))
+            deployment.start_worker("prefill", *FLOAT32, *options, environment=environment)
             deployment.wait_workers("prefill", "prefill", "decode")
             for prompt in prompts[2:4]:
                 assert tokens(client, prompt, **GREEDY) == tokens(undisturbed, prompt, **GREEDY)
@@ -172,7 +170,7 @@ def test_prefill_is_busy_with_a_long_prompt_while_it_is_read_over_tcp(
         deployment.start_router(options=("--heartbeat-seconds", "0.2"))
         for role in ("prefill", "decode"):
             deployment.start_worker(
-                role, *FLOAT32, *options, "--max-batch-tokens", "8192", environment=dict(environment)
+                role, *FLOAT32, *options, "--max-batch-tokens", "8192", environment=environment
             )
         deployment.wait_workers("prefill", "decode")
         with Client(deployment.client_address) as client:

@@ -28,7 +28,10 @@ def test_the_router_is_lost_after_prefill_has_answered_and_before_decode_has_tak
         decoder = deployment.processes[-1]
 
         # The router stands still for longer than the lease, and goes on: the prompt is computed anew.
-        with Client(deployment.client_address) as client, client.stream(prompt, **SAMPLED) as stream:
+        with (
+            Client(deployment.client_address) as client,
+            client.stream(prompt, max_tokens=24, **SAMPLED) as stream,
+        ):
             deployment.pause(decoder)
             received = next(stream).token_ids
             deployment.pause(router)

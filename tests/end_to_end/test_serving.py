@@ -73,7 +73,7 @@ def test_64_streams_at_once_give_the_answers_of_one_by_one(shared_cluster: Deplo
     assert [a.token_ids for a in at_once] == [a.token_ids for a in one_by_one]
     assert [a.text for a in at_once] == [a.text for a in one_by_one]
     assert all(a.finish_reason == "length" and len(a.token_ids) == 24 for a in at_once)
-    assert all(a.transfer is not None and "tcp" not in a.transfer.lanes for a in at_once)
+    assert all(a.transfer is not None and a.transfer.lanes == "mapping" for a in at_once)
 
 
 def test_one_get_per_run_of_consecutive_blocks(shared_cluster: Deployment) -> None:
@@ -86,7 +86,7 @@ def test_one_get_per_run_of_consecutive_blocks(shared_cluster: Deployment) -> No
             assert completion.transfer.num_blocks == -(-length // 16)
             block_bytes = 2 * 3 * 2 * 16 * 32 * 4  # KV heads, layers, K and V, tokens, head_dim, float32
             assert completion.transfer.num_bytes == completion.transfer.num_blocks * block_bytes
-            assert {"sysv", "posix"} & set(completion.transfer.lanes.split(", "))
+            assert completion.transfer.lanes == "mapping"
 
 
 def test_processes_find_each_other_in_any_order(model: Path, tmp_path: Path) -> None:

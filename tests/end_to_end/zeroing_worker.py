@@ -1,27 +1,28 @@
 """`pdengine` with a fault: the first block of every pull is zeroed after it has landed."""
 
+from typing import Any
+
+from torch import Tensor
+
 from pdengine.cli.main import main
-from pdengine.engine.pulls import PullInFlight, Pulls
+from pdengine.engine.pulls import Pull, Pulls
 from pdengine.engine.runner import Runner
-from pdengine.transport.transfer import PullCompleted, PullFailed
 
-finish = Pulls.finish
+remove_pull = Pulls.remove
 make_runner = Runner.__init__
-pools = []
+pools: list[Tensor] = []
 
 
-def remember_pool(self: Runner, *arguments: object) -> None:
-    make_runner(self, *arguments)  # type: ignore[arg-type]
+def remember_pool(self: Runner, *arguments: Any) -> None:
+    make_runner(self, *arguments)
     pools.append(self._kv_cache.pool)
 
 
-def finish_and_zero(self: Pulls, event: PullCompleted | PullFailed) -> PullInFlight:
-    pull = finish(self, event)
-    assert pull.sequence is not None
-    pools[0][pull.sequence.block_ids[0]] = 0
-    return pull
+def remove_and_zero(self: Pulls, pull: Pull) -> None:
+    remove_pull(self, pull)
+    pools[0][pull.block_ids[0]] = 0
 
 
-Runner.__init__ = remember_pool  # type: ignore[method-assign]
-Pulls.finish = finish_and_zero  # type: ignore[method-assign]
+Runner.__init__ = remember_pool  # type: ignore[method-assign, assignment]
+Pulls.remove = remove_and_zero  # type: ignore[method-assign]
 main()

@@ -1,4 +1,4 @@
-"""Pulls out of mapped memory: bytes, owners that are busy, stopped or dead, disconnects, refusals, idleness."""
+"""Pulls out of mapped memory: bytes, owners in all states, disconnects, refusals, idleness."""
 
 from __future__ import annotations
 

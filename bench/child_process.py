@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -46,7 +46,10 @@ class ChildProcess:
 
     def answer(self, kind: type[Answer], seconds: float = START_SECONDS) -> Answer:
         """The next message from the process, which must be of type `kind`."""
-        return msgspec.json.decode(self._line(monotonic() + seconds), type=kind)
+        try:
+            return msgspec.json.decode(self._line(monotonic() + seconds), type=kind)
+        except msgspec.DecodeError as error:
+            raise ChildFailed(f"the {self.name} process gave a wrong answer: {error}") from None
 
     def _line(self, deadline: float) -> bytes:
         assert self._process.stdout is not None
@@ -94,10 +97,8 @@ def child_process(
 def _stop(process: subprocess.Popen[bytes]) -> None:
     assert process.stdin is not None
     assert process.stdout is not None
-    try:
+    with suppress(BrokenPipeError):
         process.stdin.close()
-    except BrokenPipeError:
-        pass
     try:
         process.wait(STOP_SECONDS)
     except BaseException:

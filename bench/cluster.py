@@ -31,13 +31,13 @@ CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
 def main() -> None:
     console = Console()
-    with _up() as (up, ready_seconds, address):
+    with up("--model", str(checkpoint_directory())) as (process, ready_seconds, address):
         console.print(f"ready after {ready_seconds:.1f} s; measuring {IDLE_SECONDS:g} s of idling ...")
         with Client(address) as client:
             _ask(client, 5)  # whatever the first requests set up is not idling
-            before = _cpu_seconds(up.pid)
+            before = _cpu_seconds(process.pid)
             Event().wait(IDLE_SECONDS)
-            after = _cpu_seconds(up.pid)
+            after = _cpu_seconds(process.pid)
             idle = {name: (after[name] - before[name]) / IDLE_SECONDS for name in after}
             figures = {"ready_seconds": ready_seconds, "idle_share_of_a_core": idle}
             figures |= _ask(client, NUM_QUESTIONS)
@@ -52,12 +52,12 @@ def main() -> None:
 
 
 @contextmanager
-def _up() -> Iterator[tuple[subprocess.Popen[str], float, str]]:
-    """`pdengine up` with the demo model: its process, the seconds until it was ready, its address."""
+def up(*options: str) -> Iterator[tuple[subprocess.Popen[str], float, str]]:
+    """`pdengine up` with these options: its process, the seconds until it was ready, its address."""
     command = [sys.executable, "-u", "-m", "pdengine.cli", "up", "--client-address", "tcp://127.0.0.1:0"]
     started_at = monotonic()
     process = subprocess.Popen(
-        [*command, "--model", str(checkpoint_directory())],
+        [*command, *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

@@ -1,8 +1,6 @@
 """Two hosts on one machine: network namespaces joined by a veth pair (network_namespaces(7), veth(4)).
 
-UCX tells hosts apart by the machine's boot id and, within a machine, by the IPC namespace: processes that
-share one are joined by shared memory whatever their network. So each of these hosts has an IPC namespace of
-its own, too, and a /sys that lists its own interfaces, from which UCX learns them.
+Each has a /sys of its own that lists its own interfaces, from which UCX learns them.
 """
 
 import ctypes
@@ -21,6 +19,8 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 KEEP_NAMESPACES = "mount -t sysfs sysfs /sys && echo ready && exec sleep infinity"
 # The kernel announces a new link up to a second late, and UCX takes no interface that is not running.
 WAIT_FOR_LINK = f"until grep -q up /sys/class/net/{INTERFACE}/operstate; do sleep 0.01; done"
+# Known to every kernel. BBR, the default of some, makes what is measured here vary by a factor of four.
+CHOOSE_RENO = "echo reno > /proc/sys/net/ipv4/tcp_congestion_control"
 
 
 class NamespacesUnavailable(RuntimeError):
@@ -37,7 +37,7 @@ class NetworkNamespace:
 
     def command(self, arguments: Sequence[str]) -> list[str]:
         """The command that runs `arguments` here. It becomes that program, so signals and waits reach it."""
-        enter = ["nsenter", f"--target={self.process_id}", "--net", "--ipc", "--mount", "--"]
+        enter = ["nsenter", f"--target={self.process_id}", "--net", "--mount", "--"]
         return [*enter, "env", f"--chdir={os.getcwd()}", *arguments]
 
 
@@ -66,14 +66,14 @@ def network_namespaces(*, rate: str | None = None) -> Iterator[tuple[NetworkName
                 shaping = ["root", "tbf", "rate", rate, "burst", "256kb", "latency", "50ms"]
                 _run(host.command(["tc", "qdisc", "add", "dev", INTERFACE, *shaping]))
         for host in hosts:
-            _run(host.command(["sh", "-c", WAIT_FOR_LINK]))
+            _run(host.command(["sh", "-c", f"{WAIT_FOR_LINK}; {CHOOSE_RENO}"]))
         yield first, second
 
 
 @contextmanager
 def _keeper() -> Iterator[int]:
     """A process in new namespaces that does nothing and dies with this one; its id."""
-    command = ["unshare", "--net", "--ipc", "--mount", "sh", "-c", KEEP_NAMESPACES]
+    command = ["unshare", "--net", "--mount", "sh", "-c", KEEP_NAMESPACES]
     try:
         process = subprocess.Popen(
             command,

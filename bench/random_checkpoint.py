@@ -1,6 +1,7 @@
 """Checkpoints of any size with random weights: for benchmarks, where only shapes matter."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -48,7 +49,8 @@ def write_random_checkpoint(
     generator = torch.Generator().manual_seed(0)
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
-        return (torch.randn(rows, columns, generator=generator) * columns**-0.5).to(dtype)
+        weight = torch.randn(rows, columns, generator=generator) / math.sqrt(columns)
+        return weight.to(dtype)
 
     weights = {
         "model.embed_tokens.weight": matrix(vocab_size, hidden_size),

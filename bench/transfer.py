@@ -1,13 +1,14 @@
 """`pdengine bench transfer`: how fast the KV cache moves between two processes, against what the link can do.
 
 Every path of a worker's transfer is measured between two processes with the worker's own pool and settings:
-the mapping, UCX over shared memory, UCX over TCP on loopback, and UCX between two network namespaces. The
-ceiling within a host is a memmove over the same runs, taken in turns with the pulls; over TCP it is UCX's own
-benchmark in the same places.
+the mapping, UCX over shared memory, UCX over TCP on loopback, and UCX between two network namespaces; NIXL,
+where it is installed, in the same way. The ceiling within a host is a memmove over the same runs, taken in
+turns with the pulls; over TCP it is UCX's own benchmark in the same places.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,11 +19,24 @@ from typing import Literal, TypeAlias
 from pdengine.bench.child_process import ChildProcess, child_process
 from pdengine.bench.network_namespaces import NamespacesUnavailable, network_namespaces
 from pdengine.bench.scatter import PIECES_PER_BLOCK, UNIT_BYTES, Scatter
-from pdengine.bench.transfer_messages import Connected, Measure, Measured, Offer, ProgressGaps, Work
+from pdengine.bench.transfer_messages import (
+    NIXL_PACKAGE,
+    Connected,
+    Measure,
+    Measured,
+    Offer,
+    ProgressGaps,
+    Work,
+)
 from pdengine.bench.ucx_perftest import PerftestFailed, find_perftest, get_bandwidth
 from pdengine.transport.ucx_library import find_ucx
 
-PathName: TypeAlias = Literal["mapping", "shared memory", "tcp", "network"]
+PathName: TypeAlias = Literal["mapping", "shm", "tcp", "nixl", "network"]
+METHODS: Mapping[PathName, str] = {
+    "mapping": "mapping",
+    "nixl": "nixl",
+}  # of `transfer_peers`; others use "ucx"
+NETWORK_PATHS = ("tcp", "network")
 WORK: tuple[str, ...] = ("idle", "torch", "python")
 
 LOOPBACK = "127.0.0.1"
@@ -44,9 +58,9 @@ class PlanError(ValueError):
 class Plan:
     """What to measure. Raises PlanError."""
 
-    paths: tuple[PathName, ...] = ("mapping", "shared memory", "tcp")
+    paths: tuple[PathName, ...] = ("mapping", "shm", "tcp")
     pool_bytes: int = 128 * 2**20
-    block_sizes: tuple[int, ...] = (64 * 2**10, 256 * 2**10, 2**20, 2 * 2**20)
+    block_sizes: tuple[int, ...] = (64 * 2**10, 256 * 2**10, 2 * 2**20)
     repetitions: int = 5
     busy: bool = False
 
@@ -68,7 +82,7 @@ class Plan:
     @property
     def scatters(self) -> list[Scatter]:
         """Every size of block, from one block to the whole pool; then the layout with pieces per layer."""
-        scatters = []
+        scatters: list[Scatter] = []
         for block_bytes in self.block_sizes:
             for num_blocks in _numbers_of_blocks(self.pool_bytes // block_bytes):
                 scatters += self._places(block_bytes, num_blocks, pieces=1)
@@ -81,7 +95,7 @@ class Plan:
     @property
     def num_steps(self) -> int:
         """How often `run_plan` reports a step."""
-        perftests = sum(path in ("tcp", "network") for path in self.paths)
+        perftests = sum(path in NETWORK_PATHS for path in self.paths)
         return perftests + len(self.paths) * (len(self.scatters) + (len(WORK) if self.busy else 0))
 
     def _places(self, block_bytes: int, num_blocks: int, pieces: int) -> Iterator[Scatter]:
@@ -139,9 +153,9 @@ class BusyFigure:
 
 @dataclass
 class TransferResult:
-    """lanes: by path, as UCX names them; perftest: bytes per second by path; notes: what was left out."""
+    """versions, lanes: by path; perftest: bytes per second by path; notes: what was left out."""
 
-    version: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
     lanes: dict[str, str] = field(default_factory=dict)
     perftest: dict[str, float] = field(default_factory=dict)
     figures: list[Figure] = field(default_factory=list)
@@ -151,6 +165,10 @@ class TransferResult:
 
 Report: TypeAlias = Callable[[str], None]
 """Is told of every step when it begins."""
+
+
+def has_nixl() -> bool:
+    return importlib.util.find_spec(NIXL_PACKAGE) is not None
 
 
 def run_plan(plan: Plan, report: Report) -> TransferResult:
@@ -179,13 +197,13 @@ class _Places:
 
     @contextmanager
     def processes(self, pool_bytes: int) -> Iterator[tuple[ChildProcess, ChildProcess]]:
-        same_host = "mapping" if self.path == "mapping" else "ucx"
+        method = METHODS.get(self.path, "ucx")
         with ExitStack() as stack:
             target, reader = (
                 stack.enter_context(
                     child_process(
                         name,
-                        ["pdengine.bench.transfer_peers", name, str(pool_bytes), host, same_host],
+                        ["pdengine.bench.transfer_peers", name, str(pool_bytes), host, method],
                         prefix=prefix,
                         environ=self.environ,
                     )
@@ -206,13 +224,13 @@ def _places(path: PathName) -> Iterator[_Places]:
 
 
 def _measure_path(plan: Plan, places: _Places, result: TransferResult, report: Report) -> None:
-    if places.path in ("tcp", "network"):
+    if places.path in NETWORK_PATHS:
         report(f"{places.path}: ucx_perftest")
         _run_perftest(places, result)
     with places.processes(plan.pool_bytes) as (target, reader):
         offer = target.answer(Offer)
         connected = reader.ask(offer, Connected, SECONDS_PER_STEP)
-        result.version = offer.version
+        result.versions[places.path] = offer.version
         result.lanes[places.path] = connected.lanes
         for scatter in plan.scatters:
             report(f"{places.path}: {scatter.num_blocks} blocks of {scatter.block_bytes // 2**10} KiB")
@@ -226,7 +244,7 @@ def _measure_path(plan: Plan, places: _Places, result: TransferResult, report: R
 def _figure(path: PathName, scatter: Scatter, measured: Measured, perftest: Mapping[str, float]) -> Figure:
     copy_seconds = median(measured.copy_seconds)
     num_bytes = scatter.num_blocks * scatter.block_bytes
-    on_one_host = path in ("mapping", "shared memory")
+    by_memory = path not in NETWORK_PATHS
     return Figure(
         path,
         scatter.block_bytes,
@@ -238,7 +256,7 @@ def _figure(path: PathName, scatter: Scatter, measured: Measured, perftest: Mapp
         best_seconds=min(measured.seconds),
         post_seconds=median(measured.post_seconds),
         copy_seconds=copy_seconds,
-        ceiling=num_bytes / copy_seconds if on_one_host else perftest.get(path),
+        ceiling=num_bytes / copy_seconds if by_memory else perftest.get(path),
     )
 
 

@@ -7,6 +7,8 @@ import msgspec
 from pdengine.bench.scatter import Scatter
 from pdengine.transport.regions import RegionDescriptor
 
+NIXL_PACKAGE = "nixl_cu12"
+
 
 class Offer(msgspec.Struct, frozen=True):
     """The target's first message, which is the reader's first command, too: connect to it."""
@@ -25,7 +27,8 @@ class Work(msgspec.Struct, frozen=True):
 class ProgressGaps(msgspec.Struct, frozen=True):
     """The target's answer: its gaps between calls of ucp_worker_progress since the last answer.
 
-    p99_seconds: 99 % of them were no longer; the upper bound of a bucket, None if it is the unbounded one.
+    p99_seconds: 99 % of them were no longer; the upper bound of a bucket, None if it is the unbounded one or
+    there were no gaps.
     """
 
     count: int

@@ -1,23 +1,27 @@
 """The two processes of `pdengine bench transfer`: the target offers a pool, the reader pulls from it.
 
-`python -m pdengine.bench.transfer_peers target|reader POOL_BYTES ADVERTISED_HOST mapping|ucx` takes and gives
-the messages of `transfer_messages` as lines of JSON. Both use the pool and the transfer of a worker.
+`python -m pdengine.bench.transfer_peers target|reader POOL_BYTES ADVERTISED_HOST mapping|ucx|nixl` takes and
+gives the messages of `transfer_messages` as lines of JSON. Both use the pool and the transfer of a worker, or
+NIXL in its place.
 """
 
 from __future__ import annotations
 
+import os
 import queue
 import sys
 import threading
 from collections.abc import Callable
 from time import perf_counter
+from typing import TypeAlias
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from pdengine.bench.memory_copy import compile_copy
-from pdengine.bench.scatter import UNIT_BYTES
+from pdengine.bench.nixl_transfer import NixlTransfer
+from pdengine.bench.scatter import UNIT_BYTES, Scatter
 from pdengine.bench.transfer_messages import Connected, Measure, Measured, Offer, ProgressGaps, Work
 from pdengine.transport.regions import RegionDescriptor, Run, copy_ranges, describe_region
 from pdengine.transport.shared_memory import SharedMemory
@@ -25,6 +29,8 @@ from pdengine.transport.transfer import PeerConnected, PullCompleted, TransferEv
 from pdengine.transport.two_path_transfer import TwoPathTransfer
 
 EVENT_SECONDS = 60.0
+
+Answer: TypeAlias = Callable[[msgspec.Struct], None]
 
 
 class WrongBytes(RuntimeError):
@@ -34,26 +40,32 @@ class WrongBytes(RuntimeError):
 class Peer:
     """A worker's transfer with its pool, whose units begin and end with their number plus one."""
 
-    def __init__(self, pool_bytes: int, advertise_host: str, same_host: str) -> None:
+    def __init__(self, pool_bytes: int, advertise_host: str, method: str) -> None:
         self.memory = SharedMemory(pool_bytes)
         self.words = _words(self.memory)
         self.events: queue.SimpleQueue[TransferEvent | BaseException] = queue.SimpleQueue()
-        self.transfer = TwoPathTransfer(
-            deliver=self.events.put,
-            on_fatal=self.events.put,
-            advertise_host=advertise_host,
-            same_host="mapping" if same_host == "mapping" else "ucx",
-        )
+        self.transfer: TwoPathTransfer | NixlTransfer
+        if method == "nixl":
+            self.transfer = NixlTransfer(deliver=self.events.put)
+            self.progress_gaps = self.transfer.progress_gaps
+        else:
+            self.transfer = TwoPathTransfer(
+                deliver=self.events.put,
+                on_fatal=self.events.put,
+                advertise_host=advertise_host,
+                same_host="mapping" if method == "mapping" else "ucx",
+            )
+            self.progress_gaps = self.transfer.ucx.progress_gaps
         self.region = self.transfer.register(_describe(self.memory), self.memory)
 
     def next_event(self) -> TransferEvent | BaseException:
         return self.events.get(timeout=EVENT_SECONDS)
 
 
-def run_target(peer: Peer) -> None:
+def run_target(peer: Peer, answer: Answer) -> None:
     """Offer the pool, and do on the main thread what the messages ask for, until stdin ends."""
     peer.words[:] = _numbers(peer.words)
-    _answer(Offer(peer.transfer.worker_address, peer.region, peer.transfer.version))
+    answer(Offer(peer.transfer.worker_address, peer.region, peer.transfer.version))
     messages: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
 
     def read_messages() -> None:
@@ -74,12 +86,12 @@ def run_target(peer: Peer) -> None:
         if message is None:
             return
         after = _gap_counts(peer)
-        _answer(_progress_gaps(peer, after - before))
+        answer(_progress_gaps(peer, after - before))
         before = after
         work = _work(message.kind)
 
 
-def run_reader(peer: Peer) -> None:
+def run_reader(peer: Peer, answer: Answer) -> None:
     """Connect to the target of the first message, then measure what the others ask for, until stdin ends."""
     source = SharedMemory(peer.memory.nbytes)
     _words(source)[:] = -_numbers(_words(source))
@@ -90,9 +102,12 @@ def run_reader(peer: Peer) -> None:
     connected = peer.next_event()
     if not isinstance(connected, PeerConnected):
         raise SystemExit(f"the target cannot be reached: {connected}")
-    _answer(Connected(connected.lanes))
+    # Once without looking at the clock: pages, caches and the speed of a TCP connection settle.
+    whole_pool = Scatter(peer.memory.nbytes, UNIT_BYTES, peer.memory.nbytes // UNIT_BYTES, longest_run=0)
+    _measure(peer, _describe(source), copy, Measure(whole_pool, repetitions=2))
+    answer(Connected(connected.lanes))
     for line in sys.stdin.buffer:
-        _answer(_measure(peer, _describe(source), copy, msgspec.json.decode(line, type=Measure)))
+        answer(_measure(peer, _describe(source), copy, msgspec.json.decode(line, type=Measure)))
 
 
 def _measure(
@@ -153,14 +168,15 @@ def _count() -> None:
 
 
 def _gap_counts(peer: Peer) -> npt.NDArray[np.int64]:
-    return np.array([count for _, count in peer.transfer.ucx.progress_gaps()])
+    return np.array([count for _, count in peer.progress_gaps()], np.int64)
 
 
 def _progress_gaps(peer: Peer, counts: npt.NDArray[np.int64]) -> ProgressGaps:
-    bounds = [bound for bound, _ in peer.transfer.ucx.progress_gaps()]
+    bounds = [bound for bound, _ in peer.progress_gaps()]
     total = int(counts.sum())
     bucket = int(np.searchsorted(np.cumsum(counts), 0.99 * total))
-    return ProgressGaps(total, bounds[bucket] if bucket < len(bounds) - 1 else None)
+    is_known = total > 0 and bucket < len(bounds) - 1
+    return ProgressGaps(total, bounds[bucket] if is_known else None)
 
 
 def _describe(memory: SharedMemory) -> RegionDescriptor:
@@ -178,16 +194,18 @@ def _numbers(words: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return np.arange(1, len(words) + 1)[:, None]
 
 
-def _answer(message: msgspec.Struct) -> None:
-    sys.stdout.buffer.write(msgspec.json.encode(message) + b"\n")
-    sys.stdout.buffer.flush()
-
-
 def main() -> None:
-    side, pool_bytes, advertise_host, same_host = sys.argv[1:]
-    peer = Peer(int(pool_bytes), advertise_host, same_host)
+    answers = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # what libraries print must not come between the answers
+    sys.stdout = sys.stderr
+
+    def answer(message: msgspec.Struct) -> None:
+        answers.write(msgspec.json.encode(message) + b"\n")
+
+    side, pool_bytes, advertise_host, method = sys.argv[1:]
+    peer = Peer(int(pool_bytes), advertise_host, method)
     try:
-        run_target(peer) if side == "target" else run_reader(peer)
+        run_target(peer, answer) if side == "target" else run_reader(peer, answer)
     finally:
         peer.transfer.close()
 

@@ -6,13 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from pdengine.bench.transfer import BUSY_BYTES, BUSY_GETS, Figure, TransferResult
 
 GB = 1e9
-PLOTTED_LONGEST_RUN = 8
 
 
 class PlotUnavailable(RuntimeError):
@@ -42,7 +42,7 @@ def as_json(result: TransferResult) -> dict[str, Any]:
 
 
 def plot(result: TransferResult, path: Path) -> None:
-    """Bandwidth over the size of a pull, one line per path and size of block, to a PNG.
+    """Bandwidth over the size of a pull of scattered blocks, one line per size of block, to a PNG.
 
     Raises PlotUnavailable without matplotlib.
     """
@@ -56,31 +56,22 @@ def plot(result: TransferResult, path: Path) -> None:
     paths = list(dict.fromkeys(figure.path for figure in result.figures))
     chart, panels = pyplot.subplots(1, len(paths), figsize=(5 * len(paths), 4), sharey=True, squeeze=False)
     for name, panel in zip(paths, panels[0], strict=True):
-        figures = [figure for figure in result.figures if figure.path == name]
-        for block_bytes in dict.fromkeys(figure.block_bytes for figure in figures):
-            for pieces in dict.fromkeys(f.pieces for f in figures if f.block_bytes == block_bytes):
-                line = [
-                    figure
-                    for figure in figures
-                    if (figure.block_bytes, figure.pieces) == (block_bytes, pieces)
-                    and (figure.num_blocks == 1 or figure.longest_run == PLOTTED_LONGEST_RUN)
-                ]
-                panel.plot(
-                    [figure.num_bytes / 2**20 for figure in line],
-                    [figure.bandwidth / GB for figure in line],
-                    marker="o",
-                    linestyle="-" if pieces == 1 else ":",
-                    label=_block_name(block_bytes, pieces),
-                )
-        ceilings = [figure for figure in figures if figure.ceiling is not None]
-        panel.scatter(
-            [figure.num_bytes / 2**20 for figure in ceilings],
-            [figure.ceiling / GB for figure in ceilings if figure.ceiling is not None],
-            marker="_",
-            color="grey",
-            label="ceiling",
-        )
-        panel.set(title=f"{name} ({result.lanes[name]})", xscale="log", xlabel="MiB pulled")
+        figures = [figure for figure in result.figures if figure.path == name and _is_plotted(figure)]
+        for block_bytes, pieces in dict.fromkeys((figure.block_bytes, figure.pieces) for figure in figures):
+            line = [f for f in figures if (f.block_bytes, f.pieces) == (block_bytes, pieces)]
+            panel.plot(
+                [figure.num_bytes / 2**20 for figure in line],
+                [figure.bandwidth / GB for figure in line],
+                marker="o",
+                linestyle="-" if pieces == 1 else ":",
+                label=_size(block_bytes) + ("" if pieces == 1 else f" in {pieces} pieces"),
+            )
+        ceilings = [(f.num_bytes / 2**20, f.ceiling / GB) for f in figures if f.ceiling is not None]
+        if ceilings:
+            panel.scatter(*zip(*ceilings, strict=True), marker="_", color="grey", label="ceiling")
+        panel.set_xscale("log", base=4)
+        panel.xaxis.set_major_formatter(lambda mebibytes, _: f"{mebibytes:g}")
+        panel.set(title=f"{name} ({result.lanes[name]})", xlabel="MiB pulled")
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("GB/s")
     panels[0][0].set_ylim(bottom=0)
@@ -90,15 +81,22 @@ def plot(result: TransferResult, path: Path) -> None:
     pyplot.close(chart)
 
 
+def _is_plotted(figure: Figure) -> bool:
+    return figure.num_blocks == 1 or figure.longest_run > 0
+
+
 def _pulls(result: TransferResult) -> Table:
-    lanes = ", ".join(f"{path}: {lanes}" for path, lanes in result.lanes.items())
-    table = Table(
-        title="Pulls of KV blocks between two processes",
-        caption=f"{result.version}; {lanes}. Ceiling: a memmove over the same runs; over TCP ucx_perftest.",
+    about = dict.fromkeys(result.versions.values())
+    lanes = [f"{path} is {lanes}" for path, lanes in result.lanes.items() if path != lanes]
+    table = _table(
+        "Pulls of KV blocks between two processes",
+        ["path"],
+        ["block", "blocks", "in runs\nof", "GETs", "post\nms", "pull\nms", "GB/s", "of\nceiling"],
     )
-    table.add_column("path")
-    for heading in ("block", "blocks", "runs of", "GETs", "post ms", "pull ms", "GB/s", "of ceiling"):
-        table.add_column(heading, justify="right")
+    table.caption = (
+        f"{', '.join([*about, *lanes])}. The ceiling within a host is a memmove over the same runs; "
+        "over TCP it is ucx_perftest."
+    )
     previous = ""
     for figure in result.figures:
         if figure.pieces > 1:
@@ -107,14 +105,12 @@ def _pulls(result: TransferResult) -> Table:
             table.add_section()
         table.add_row(
             figure.path if figure.path != previous else "",
-            _size(figure.block_bytes),
-            str(figure.num_blocks),
-            f"1-{figure.longest_run}" if figure.longest_run else "all",
+            *_what(figure),
             str(figure.num_gets),
-            f"{figure.post_seconds * 1e3:.3f}",
-            f"{figure.seconds * 1e3:.3f}",
+            f"{figure.post_seconds * 1e3:.2f}",
+            f"{figure.seconds * 1e3:.2f}",
             f"{figure.bandwidth / GB:.2f}",
-            _share(figure.share_of_ceiling),
+            "-" if figure.share_of_ceiling is None else f"{figure.share_of_ceiling:.2f}",
         )
         previous = figure.path
     return table
@@ -122,28 +118,18 @@ def _pulls(result: TransferResult) -> Table:
 
 def _layouts(result: TransferResult) -> Table:
     """Our layout against one region per layer and K/V, pull by pull."""
-    table = Table(title="A contiguous block against one region per layer for K and for V")
-    table.add_column("path")
-    for heading in (
-        "block",
-        "blocks",
-        "runs of",
-        "GETs",
-        "GETs per layer",
-        "GB/s",
-        "GB/s per layer",
-        "factor",
-    ):
-        table.add_column(heading, justify="right")
+    table = _table(
+        "A contiguous block against one region per layer for K and for V",
+        ["path"],
+        ["block", "blocks", "in runs\nof", "GETs", "GETs,\nlayers", "GB/s", "GB/s,\nlayers", "factor"],
+    )
     contiguous = {_pull(figure): figure for figure in result.figures if figure.pieces == 1}
     for figure in result.figures:
         if figure.pieces > 1:
             ours = contiguous[_pull(figure)]
             table.add_row(
                 figure.path,
-                _size(figure.block_bytes),
-                str(figure.num_blocks),
-                f"1-{figure.longest_run}" if figure.longest_run else "all",
+                *_what(figure),
                 str(ours.num_gets),
                 str(figure.num_gets),
                 f"{ours.bandwidth / GB:.2f}",
@@ -154,13 +140,11 @@ def _layouts(result: TransferResult) -> Table:
 
 
 def _busy(result: TransferResult) -> Table:
-    table = Table(
-        title=f"{BUSY_BYTES // 2**20} MiB in {BUSY_GETS} GETs from a target whose main thread works"
+    table = _table(
+        f"{BUSY_BYTES // 2**20} MiB in {BUSY_GETS} GETs from a target whose main thread works",
+        ["path", "target"],
+        ["median\nms", "worst\nms", "times\nidle", "p99 gap\nms"],
     )
-    table.add_column("path")
-    table.add_column("target")
-    for heading in ("median ms", "worst ms", "times idle", "p99 gap ms"):
-        table.add_column(heading, justify="right")
     idle = {figure.path: figure.seconds for figure in result.busy if figure.work == "idle"}
     for figure in result.busy:
         gap = figure.p99_gap_seconds
@@ -175,17 +159,24 @@ def _busy(result: TransferResult) -> Table:
     return table
 
 
+def _table(title: str, texts: list[str], numbers: list[str]) -> Table:
+    """Narrow enough for 80 columns."""
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in texts:
+        table.add_column(heading, no_wrap=True)
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _what(figure: Figure) -> tuple[str, str, str]:
+    runs = f"1-{figure.longest_run}" if figure.longest_run else "all"
+    return _size(figure.block_bytes), str(figure.num_blocks), runs
+
+
 def _pull(figure: Figure) -> tuple[str, int, int, int]:
     return figure.path, figure.block_bytes, figure.num_blocks, figure.longest_run
 
 
 def _size(num_bytes: int) -> str:
     return f"{num_bytes // 2**20} MiB" if num_bytes % 2**20 == 0 else f"{num_bytes // 2**10} KiB"
-
-
-def _block_name(block_bytes: int, pieces: int) -> str:
-    return _size(block_bytes) + ("" if pieces == 1 else f" in {pieces} pieces")
-
-
-def _share(share: float | None) -> str:
-    return "-" if share is None else f"{share:.2f}"

@@ -8,28 +8,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pdengine.bench.child_process import ChildFailed
 from pdengine.bench.machine import write_result
-from pdengine.bench.transfer import PathName, Plan, PlanError, TransferResult, run_plan
+from pdengine.bench.transfer import PathName, Plan, PlanError, TransferResult, has_nixl, run_plan
 from pdengine.bench.transfer_report import PlotUnavailable, as_json, plot, print_tables
 from pdengine.cli.options import errors_in_one_line
+from pdengine.engine.memory import memory_bytes
 
-UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-PATHS: dict[str, PathName] = {"mapping": "mapping", "shared-memory": "shared memory", "tcp": "tcp"}
+PATHS: dict[str, PathName] = {
+    "mapping": "mapping",
+    "shared-memory": "shm",
+    "tcp": "tcp",
+    "nixl": "nixl",
+}
 
 
-class Size(click.ParamType):
-    """Bytes, written like 256KiB or 2MiB."""
-
-    name = "size"
-
-    def convert(
-        self, value: str | int, parameter: click.Parameter | None, context: click.Context | None
-    ) -> int:
-        if isinstance(value, int):
-            return value
-        number, unit = value[:-3], value[-3:]
-        if unit not in UNITS or not number.isdigit():
-            self.fail(f"{value!r} is not a size such as 256KiB or 2MiB", parameter, context)
-        return int(number) * UNITS[unit]
+def size(text: str) -> int:
+    """A type of click's for numbers of bytes."""
+    try:
+        return memory_bytes(text, available=0)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 @click.group()
@@ -43,21 +40,26 @@ def bench() -> None:
     "paths",
     type=click.Choice(list(PATHS)),
     multiple=True,
-    default=tuple(PATHS),
-    show_default=True,
-    help="How the bytes move; may be repeated.",
+    help="How the bytes move; may be repeated. Default: all, nixl only where the package is installed.",
 )
 @click.option("--network-namespaces", is_flag=True, help="Also between two network namespaces (needs root).")
 @click.option("--busy", is_flag=True, help="Also from a target whose main thread computes.")
 @click.option(
-    "--pool", "pool_bytes", type=Size(), default="128MiB", show_default=True, help="Size of each pool."
+    "--pool",
+    "pool_bytes",
+    type=size,
+    metavar="SIZE",
+    default="128MiB",
+    show_default=True,
+    help="Size of each pool.",
 )
 @click.option(
     "--block-size",
     "block_sizes",
-    type=Size(),
+    type=size,
+    metavar="SIZE",
     multiple=True,
-    default=("64KiB", "256KiB", "1MiB", "2MiB"),
+    default=("64KiB", "256KiB", "2MiB"),
     show_default=True,
     help="Bytes of a block; may be repeated.",
 )
@@ -79,6 +81,8 @@ def transfer(
     output: Path,
 ) -> None:
     """Measure pulls of KV blocks between two processes against the ceiling of each path."""
+    if not paths:
+        paths = tuple(path for path in PATHS if path != "nixl" or has_nixl())
     names = tuple(PATHS[path] for path in paths) + (("network",) if network_namespaces else ())
     console = Console()
     with errors_in_one_line():

@@ -64,7 +64,8 @@ logger = logging.getLogger(__name__)
     "--transfer",
     type=click.Choice(get_args(TransferMode)),
     default="early-pull",
-    help="Pull a KV cache while its prompt is computed, where a decode worker has room, or when it is done.",
+    help="Pull a KV cache while its prompt is computed, where a decode worker has room, or when it is done; "
+    "or push it, for comparison, on a trusted network.",
 )
 def router(
     model: str,

@@ -12,23 +12,36 @@ from time import monotonic
 from pdengine.engine.leases import BorrowedLease
 from pdengine.engine.metrics import PullFailure, WorkerMetrics
 from pdengine.engine.pulls import Pull, Pulls
+from pdengine.engine.pushes import LoseWriter, PushCommand, Pushes, StartPushed, UnwantedPush
 from pdengine.engine.runner import Runner
 from pdengine.engine.scheduler import Chunk, Scheduler
 from pdengine.engine.sequence import Mode, Sequence, blocks_for
 from pdengine.transport.messages import (
+    EndPush,
     KVLease,
     Load,
     Prefilled,
     PromptProgress,
     PullEarly,
     Pulled,
+    Pushed,
+    PushEnded,
+    Reserved,
     StepTokens,
     TokenUpdate,
     TransferStats,
     WorkFailed,
     WorkRefused,
 )
-from pdengine.transport.transfer import PeerConnected, PeerFailed, PullCompleted, PullFailed, TransferEvent
+from pdengine.transport.transfer import (
+    PeerConnected,
+    PeerFailed,
+    PullCompleted,
+    PullFailed,
+    PushCompleted,
+    PushFailed,
+    TransferEvent,
+)
 
 
 @dataclass(frozen=True)
@@ -88,11 +101,12 @@ Command = (
     | FreeLease
     | CoverLease
     | LoseLease
+    | PushCommand
     | Stop
     | TransferEvent
 )
-Report = PromptProgress | Prefilled | Pulled | StepTokens | WorkRefused | WorkFailed
-Event = Report | LeaseUnneeded | PeerConnected | PeerFailed
+Report = PromptProgress | Prefilled | Pulled | Reserved | Pushed | StepTokens | WorkRefused | WorkFailed
+Event = Report | LeaseUnneeded | UnwantedPush | PushEnded | PeerConnected | PeerFailed
 
 
 class Engine:
@@ -108,6 +122,7 @@ class Engine:
         scheduler: Scheduler,
         runner: Runner,
         pulls: Pulls,
+        pushes: Pushes,
         eos_token_ids: frozenset[int],
         lease_duration: float,
         metrics: WorkerMetrics,
@@ -117,6 +132,7 @@ class Engine:
         self._scheduler = scheduler
         self._runner = runner
         self._pulls = pulls
+        self._pushes = pushes
         self._eos_token_ids = eos_token_ids
         self._block_size = scheduler.config.block_size
         self._lease_duration = lease_duration
@@ -125,7 +141,7 @@ class Engine:
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._events: list[Event] = []
         self._lanes: dict[str, str] = {}
-        self._turned_at = monotonic()
+        self._turned_at = self._told_at = monotonic()
         self.load = self._current_load()
 
     def post(self, command: Command) -> None:
@@ -177,7 +193,7 @@ class Engine:
         started_at = monotonic()
         num_prompt_tokens = sum(chunk.num_prompt_tokens for chunk in chunks)
         unfinished = [chunk for chunk in chunks if not chunk.samples]
-        token_ids = self._runner.run(chunks)
+        token_ids = self._runner.run(chunks, self._pushes.write_after_layer(chunks))
         self._report(self._scheduler.postprocess(chunks, token_ids, self._eos_token_ids))
         self._report_progress(unfinished)
         self._metrics.step_completed(
@@ -189,11 +205,16 @@ class Engine:
 
     def _admit(self) -> None:
         for sequence in self._scheduler.admit():
-            self._pulls.start(sequence)
+            if sequence.writer is None:
+                self._pulls.start(sequence)
+            else:
+                self._events.append(self._pushes.reserved(sequence))
 
     def _tell(self) -> None:
         """Publish the load and hand out the events so far."""
-        self.load = self._current_load()
+        now = monotonic()
+        self._metrics.blocks_held(self.load.num_blocks - self.load.free_blocks, now - self._told_at)
+        self._told_at, self.load = now, self._current_load()
         if self._events:
             events, self._events = self._events, []
             self._emit(events)
@@ -208,6 +229,8 @@ class Engine:
             if sequence.mode is Mode.PREFILL:
                 lease = self._grant_lease(sequence) if finish_reason is None else None
                 prefilled = Prefilled(request_id, attempt, position, token_id, finish_reason, lease)
+                if sequence.push is not None:
+                    prefilled = self._pushes.finish_prompt(sequence.push, prefilled)
                 self._events.append(prefilled)
             else:
                 updates.append(TokenUpdate(request_id, attempt, position, token_id, finish_reason))
@@ -217,7 +240,7 @@ class Engine:
     def _report_progress(self, chunks: list[Chunk]) -> None:
         """Say which prompts for other workers have come further, so that they can be pulled early."""
         for sequence, _ in chunks:
-            if sequence.mode is Mode.PREFILL:
+            if sequence.mode is Mode.PREFILL and sequence.push is None:
                 lease = self._lease_of(sequence, len(sequence.token_ids))
                 self._events.append(
                     PromptProgress(sequence.request_id, sequence.attempt, sequence.num_computed, lease)
@@ -253,6 +276,8 @@ class Engine:
                     self._lose_lease(loser, reason)
             case PullCompleted() | PullFailed():
                 self._finish_read(command)
+            case PushCompleted() | PushFailed() | StartPushed() | EndPush() | PushEnded() | LoseWriter():
+                self._events.extend(self._pushes.handle(command, self._lanes))
             case PeerConnected(engine_id, lanes):
                 self._lanes[engine_id] = lanes
                 self._events.append(command)
@@ -272,6 +297,8 @@ class Engine:
             return
         if older is not None:
             self._remove(older)
+        if self._pushes.has_ended(sequence):
+            return
         pull = self._pulls.early(sequence.request_id)
         if pull is not None and self._is_for(pull, sequence):
             self._scheduler.add_reserved(sequence)
@@ -313,11 +340,13 @@ class Engine:
     def _remove(self, sequence: Sequence) -> None:
         """Take a sequence out for good; blocks that a pull may still write go into quarantine."""
         pull = self._pulls.of_sequence(sequence)
-        if pull is None:
-            self._scheduler.remove(sequence)
-        else:
+        if pull is not None:
             self._scheduler.detach(sequence)
             self._pulls.abandon(pull)
+        elif sequence.is_reserved:
+            self._events.append(self._pushes.drop_reserved(sequence))
+        else:
+            self._scheduler.remove(sequence)
         self._drop_lease(sequence)
 
     def _drop_lease(self, sequence: Sequence) -> None:
@@ -421,7 +450,7 @@ class Engine:
             num_blocks=scheduler.pool.num_blocks,
             free_blocks=scheduler.pool.num_free,
             pinned_blocks=scheduler.num_pinned,
-            quarantined_blocks=self._pulls.num_quarantined,
+            quarantined_blocks=self._pulls.num_quarantined + self._pushes.num_quarantined,
             running=len(scheduler.running) + len(scheduler.pulling) + scheduler.num_reserved,
             waiting=len(scheduler.waiting),
         )

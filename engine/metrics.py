@@ -62,6 +62,9 @@ class WorkerMetrics:
             "pdengine_kv_pulls_discarded_total",
             "Pulls whose bytes were thrown away because the lease ran out before they had landed.",
         )
+        self._block_seconds = self._counter(
+            "pdengine_kv_block_seconds_total", "KV blocks in use times the seconds for which they were."
+        )
         self._leases_expired = self._counter(
             "pdengine_kv_leases_expired_total", "Leases granted here that nobody renewed or released in time."
         )
@@ -109,6 +112,10 @@ class WorkerMetrics:
     def leases_expired(self, count: int) -> None:
         """So many leases granted by this worker ran out."""
         self._leases_expired.inc(count)
+
+    def blocks_held(self, num_blocks: int, seconds: float) -> None:
+        """So many blocks of the pool were in use for so long."""
+        self._block_seconds.inc(num_blocks * seconds)
 
     def request_ended(self, outcome: RequestOutcome) -> None:
         """prefilled: its KV cache is leased to somebody else. stop, length: finished, with this reason.

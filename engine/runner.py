@@ -1,5 +1,6 @@
 """Runs one step on the device: chunks in, next tokens out."""
 
+from collections.abc import Callable
 from collections.abc import Sequence as Sequence_
 
 import torch
@@ -20,10 +21,12 @@ class Runner:
         self._device = device
 
     @torch.inference_mode()
-    def run(self, chunks: Sequence_[Chunk]) -> list[int]:
-        """Compute `chunks`; the next token of each chunk that samples, in order."""
+    def run(self, chunks: Sequence_[Chunk], after_layer: Callable[[int], None] | None = None) -> list[int]:
+        """Compute `chunks`; the next token of each chunk that samples, in order. after_layer: see Decoder."""
         batch = build_batch(chunks, self._kv_cache.block_size, self._device)
-        hidden = self._model(batch.token_ids, batch.positions, self._kv_cache.pool, batch.attention)
+        hidden = self._model(
+            batch.token_ids, batch.positions, self._kv_cache.pool, batch.attention, after_layer
+        )
         if not batch.sampled:
             return []
         logits = self._model.logits(hidden[batch.sampled_rows])

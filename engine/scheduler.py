@@ -77,7 +77,7 @@ class Scheduler:
 
     def refusal(self, sequence: Sequence) -> str | None:
         """Why `sequence` cannot be added now, if it cannot. Leases bound what can come to be decoded."""
-        if sequence.mode is Mode.DECODE:
+        if sequence.mode is Mode.DECODE and sequence.writer is None:
             return None
         if len(self.waiting) >= self.config.max_waiting:
             return f"{len(self.waiting)} requests are waiting, which is the limit"
@@ -116,7 +116,8 @@ class Scheduler:
         self.pulling.append(sequence)
 
     def admit(self) -> list[Sequence]:
-        """Give blocks to waiting sequences, first come, first served; returns those that must be pulled."""
+        """Give blocks to waiting sequences, first come, first served; returns those whose KV cache must be
+        pulled, or is pushed."""
         pulls: list[Sequence] = []
         while self.waiting and not self._is_full:
             sequence = self.waiting[0]

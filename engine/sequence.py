@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from pdengine.engine.leases import BorrowedLease
-from pdengine.transport.messages import FinishReason, SamplingParams, Work
+from pdengine.transport.messages import FinishReason, PushTarget, SamplingParams, Work
 
 
 class Mode(Enum):
@@ -13,6 +13,28 @@ class Mode(Enum):
     PREFILL = "prefill"  # compute the prompt, sample one token, hold the KV cache under a lease
     DECODE = "decode"  # pull the KV cache, then write the answer
     WHOLE = "whole"  # do both here
+
+
+@dataclass(eq=False)
+class Push:
+    """The KV cache of one prompt on its way to blocks of another worker. Written by the engine and Pushes.
+
+    num_writing: writes in flight. started_at, completed_at: of the first and the last one; time.monotonic().
+    lease_id: set once the prompt is computed; it keeps the blocks until they are written. is_unwanted: the
+    target only waits for its end.
+    """
+
+    request_id: str
+    attempt: int
+    target: PushTarget
+    num_writing: int = 0
+    num_bytes: int = 0
+    num_puts: int = 0
+    started_at: float = float("inf")
+    completed_at: float = float("-inf")
+    lease_id: int | None = None
+    has_failed: bool = False
+    is_unwanted: bool = False
 
 
 @dataclass(eq=False)
@@ -27,6 +49,8 @@ class Sequence:
     token_ids: list[int]  # prompt and answer so far
     lease: BorrowedLease | None = None  # mode DECODE: what to pull
     lease_id: int | None = None  # mode PREFILL: of the lease that will be granted, once somebody was told
+    push: Push | None = None  # mode PREFILL: where the KV cache is written to, if nobody pulls it
+    writer: str | None = None  # mode DECODE: the worker that pushes the KV cache here and has not ended yet
     may_wait: bool = True  # whether it may be queued, or is refused if it cannot start at once
     block_ids: list[int] = field(default_factory=list)
     num_computed: int = 0  # leading tokens whose keys and values are in the pool
@@ -47,6 +71,11 @@ class Sequence:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def is_reserved(self) -> bool:
+        """Whether it has got its blocks and another worker may write to them."""
+        return self.writer is not None and bool(self.block_ids)
 
     @property
     def max_cached_tokens(self) -> int:

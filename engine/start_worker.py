@@ -21,6 +21,7 @@ from pdengine.engine.memory import available_memory, check_memory, format_bytes,
 from pdengine.engine.metrics import WorkerMetrics
 from pdengine.engine.metrics_server import MetricsServer
 from pdengine.engine.pulls import Pulls
+from pdengine.engine.pushes import Pushes
 from pdengine.engine.runner import Runner
 from pdengine.engine.scheduler import Scheduler, SchedulerConfig
 from pdengine.engine.worker import Worker, WorkerParts
@@ -89,11 +90,13 @@ def run_worker(config: WorkerConfig, *, progress: Callable[[int, int], None] | N
         region=transfer.register(kv_cache.describe(), kv_cache.memory),
     )
     pool = BlockPool(num_blocks)
+    scheduler = Scheduler(_scheduler_config(config, num_blocks), pool)
     engine = Engine(
         engine_id=descriptor.engine_id,
-        scheduler=Scheduler(_scheduler_config(config, num_blocks), pool),
+        scheduler=scheduler,
         runner=Runner(model, kv_cache, device),
         pulls=Pulls(transfer, pool, block_size=config.block_size, timeout=config.pull_seconds),
+        pushes=Pushes(transfer, scheduler, metrics),
         eos_token_ids=frozenset(model_config.eos_token_ids),
         lease_duration=config.lease_seconds,
         metrics=metrics,

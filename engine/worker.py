@@ -32,13 +32,15 @@ from pdengine.engine.engine import (
 )
 from pdengine.engine.leases import BorrowedLease, BorrowedLeases, GrantedLeases
 from pdengine.engine.metrics import WorkerMetrics
-from pdengine.engine.sequence import Mode, Sequence, blocks_for
+from pdengine.engine.pushes import LoseWriter, StartPushed, UnwantedPush
+from pdengine.engine.sequence import Mode, Push, Sequence, blocks_for
 from pdengine.engine.worker_config import StartupError
 from pdengine.transport.messages import (
     Abort,
     Compatibility,
     Decode,
     DecodeAccepted,
+    EndPush,
     Heartbeat,
     HeartbeatReply,
     Hello,
@@ -59,9 +61,13 @@ from pdengine.transport.messages import (
     PrefillAndDecode,
     Prefilled,
     PullEarly,
+    Pushed,
+    PushEnded,
+    PushTarget,
     Refused,
     ReleaseLeases,
     RenewLeases,
+    Reserve,
     RouterToWorker,
     StepTokens,
     Welcome,
@@ -70,7 +76,7 @@ from pdengine.transport.messages import (
     WorkRefused,
 )
 from pdengine.transport.sockets import PeerSocket, SendFailed, ServerSocket
-from pdengine.transport.transfer import PeerConnected, PeerFailed, Transfer
+from pdengine.transport.transfer import PeerConnected, PeerFailed, PushTransfer
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +103,7 @@ class WorkerParts:
     router_address: str
     context: zmq.asyncio.Context
     peer_server: ServerSocket[PeerRequest]
-    transfer: Transfer
+    transfer: PushTransfer
     engine: Engine
     metrics: WorkerMetrics
     died: "Future[None]"  # gets the exception of a thread that dies
@@ -105,7 +111,7 @@ class WorkerParts:
 
 @dataclass(eq=False)
 class Peer:
-    """A prefill worker that this worker pulls from.
+    """A prefill worker that this worker pulls from, or a worker of the other role in a cluster that pushes.
 
     lanes: of the connection, empty while there is none. reconnect_at: set once the connection is broken.
     """
@@ -133,6 +139,8 @@ class Worker:
         self._granted = GrantedLeases(parts.lease_seconds)
         self._borrowed = BorrowedLeases()
         self._uncovered: dict[BorrowedLease, float] = {}  # not confirmed yet -> when that is given up
+        self._pushes = False  # as the router says
+        self._ends_awaited: dict[EndPush, bytes] = {}  # -> who waits for PushEnded
         self._in_engine: set[str] = set()  # requests that were posted to the engine and have not ended
         self._peers: dict[str, Peer] = {}
         self._stopping = asyncio.Event()
@@ -272,14 +280,20 @@ class Worker:
                     self._meet_peer(peer)
                 case PeerLeft(engine_id):
                     self._forget_peer(engine_id)
-                case Prefill(work, may_wait):
-                    self._take(Sequence.from_work(work, Mode.PREFILL, may_wait=may_wait))
+                case Prefill(work, may_wait, push_to):
+                    self._take_prompt(work, may_wait, push_to)
                 case PrefillAndDecode(work, may_wait):
                     self._take(Sequence.from_work(work, Mode.WHOLE, may_wait=may_wait))
                 case PullEarly():
                     self._pull_early(message)
-                case Decode(work, lease):
+                case Reserve(work, writer):
+                    sequence = Sequence.from_work(work, Mode.DECODE)
+                    sequence.writer = writer
+                    self._take(sequence)
+                case Decode(work, KVLease() as lease):
                     self._take_leased(work, lease)
+                case Decode(work):
+                    self._engine.post(StartPushed(work))
                 case Abort(request_id):
                     self._abort(request_id)
                 case RenewLeases():
@@ -298,7 +312,9 @@ class Worker:
         self._heartbeat_interval = welcome.heartbeat_interval
         self._engine.post(AbortAll())
         self._in_engine.clear()
-        current = {peer.engine_id for peer in welcome.peers}
+        # Where the new router moves the KV cache the other way, every connection is the wrong one.
+        current = {peer.engine_id for peer in welcome.peers if welcome.pushes == self._pushes}
+        self._pushes = welcome.pushes
         for engine_id in [engine_id for engine_id in self._peers if engine_id not in current]:
             self._forget_peer(engine_id)
         for peer in welcome.peers:
@@ -315,6 +331,17 @@ class Worker:
             self._start(sequence)
         else:
             self._send_to_router(refusal)
+
+    def _take_prompt(self, work: Work, may_wait: bool, push_to: PushTarget | None) -> None:
+        sequence = Sequence.from_work(work, Mode.PREFILL, may_wait=may_wait)
+        if push_to is not None:
+            num_blocks = blocks_for(len(sequence.token_ids), self._parts.block_size)
+            if push_to.engine_id not in self._peers or len(push_to.block_ids) != num_blocks:
+                reason = "its KV cache cannot be pushed where it shall be"
+                self._send_to_router(WorkFailed(work.request_id, work.attempt, reason, retry=True))
+                return
+            sequence.push = Push(work.request_id, work.attempt, push_to)
+        self._take(sequence)
 
     def _start(self, sequence: Sequence) -> None:
         self._in_engine.add(sequence.request_id)
@@ -372,6 +399,15 @@ class Worker:
             match event:
                 case LeaseUnneeded(borrowed):
                     self._drop_borrowed(borrowed)
+                case UnwantedPush(writer, order):
+                    if writer in self._peers:
+                        self._send_to_peer(writer, order)
+                    else:
+                        self._engine.post(LoseWriter(writer))
+                case PushEnded(request_id, attempt):
+                    identity = self._ends_awaited.pop(EndPush(request_id, attempt), None)
+                    if identity is not None:
+                        self._answer_peer(identity, event)
                 case PeerConnected(engine_id, lanes):
                     logger.info("connected to %s over %s", engine_id, lanes)
                     self._send_to_router(PeerLink(engine_id, lanes=lanes))
@@ -391,13 +427,14 @@ class Worker:
     def _note(self, event: Report) -> None:
         """Keep account of granted leases and of requests that end."""
         match event:
-            case Prefilled(request_id, lease=lease):
+            case Prefilled(request_id, lease=lease, pushed=pushed):
                 if lease is not None:
                     self._granted.grant(lease.lease_id, monotonic())
-                self._in_engine.discard(request_id)
+                if not pushed:  # else its blocks are still being written to another worker
+                    self._in_engine.discard(request_id)
             case StepTokens(updates):
                 self._in_engine -= {update.request_id for update in updates if update.finish_reason}
-            case WorkFailed(request_id) | WorkRefused(request_id):
+            case WorkFailed(request_id) | WorkRefused(request_id) | Pushed(request_id):
                 self._in_engine.discard(request_id)
 
     # ----------------------------------------------------------------- leases granted to others
@@ -406,13 +443,20 @@ class Worker:
         server = self._parts.peer_server
         while True:
             identity, message = await server.receive()
-            if isinstance(message, ReleaseLeases):
-                self._release(message.lease_ids)
-                continue
-            try:
-                server.send(identity, self._renew(message))
-            except SendFailed as error:
-                logger.debug("a renewal was not answered: %s", error)
+            match message:
+                case ReleaseLeases(lease_ids):
+                    self._release(lease_ids)
+                case RenewLeases():
+                    self._answer_peer(identity, self._renew(message))
+                case EndPush():
+                    self._ends_awaited[message] = identity
+                    self._engine.post(message)
+
+    def _answer_peer(self, identity: bytes, answer: PeerReply) -> None:
+        try:
+            self._parts.peer_server.send(identity, answer)
+        except SendFailed as error:
+            logger.debug("a peer was not answered: %s", error)
 
     def _renew(self, request: RenewLeases) -> LeasesRenewed:
         renewed, lost = self._granted.renew(request.lease_ids, monotonic())
@@ -467,7 +511,8 @@ class Worker:
     # ----------------------------------------------------------------------------------- peers
 
     def _meet_peer(self, descriptor: PeerDescriptor) -> None:
-        if self._parts.descriptor.role != "decode" or descriptor.role != "prefill":
+        roles = (self._parts.descriptor.role, descriptor.role)
+        if roles != ("decode", "prefill") and not (self._pushes and roles == ("prefill", "decode")):
             return
         known = self._peers.get(descriptor.engine_id)
         if known is not None:
@@ -480,7 +525,11 @@ class Worker:
         self._connect_transfer(descriptor)
 
     def _connect_transfer(self, peer: PeerDescriptor) -> None:
-        self._transfer.connect(peer.engine_id, peer.transfer_address, peer.region)
+        """A decode worker connects to read, or, in a cluster that pushes, a prefill worker to write."""
+        if peer.role == "decode":
+            self._transfer.connect_to_push(peer.engine_id, peer.transfer_address, peer.region)
+        elif not self._pushes:
+            self._transfer.connect(peer.engine_id, peer.transfer_address, peer.region)
 
     def _forget_peer(self, engine_id: str) -> None:
         """The peer is gone: its pulls fail at once, its leases are lost."""
@@ -488,6 +537,7 @@ class Worker:
         if peer is None:
             return
         self._transfer.disconnect(engine_id)
+        self._engine.post(LoseWriter(engine_id))
         for borrowed in self._borrowed.drop_owner(engine_id):
             self._lose_borrowed(borrowed, "the prefill worker is gone")
         peer.receiver.cancel()
@@ -498,6 +548,8 @@ class Worker:
             message = await socket.receive()
             if isinstance(message, LeasesRenewed):
                 self._take_renewal(engine_id, message)
+            elif isinstance(message, PushEnded):
+                self._engine.post(message)
             else:
                 logger.error("%s did not understand a message: %s", engine_id, message.reason)
 

@@ -5,6 +5,8 @@ dtype of the weights; the residual stream, the norms, rope and the gate of the M
 costs little and keeps most of bfloat16's rounding out of the result.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,16 +35,26 @@ class Decoder(nn.Module):
         # A plain attribute: as a buffer it would follow `.to(dtype)` and lose its precision.
         self.inverse_frequencies = inverse_frequencies(config.rope, config.head_dim)
 
-    def forward(self, token_ids: Tensor, positions: Tensor, kv_pool: Tensor, batch: AttentionBatch) -> Tensor:
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        kv_pool: Tensor,
+        batch: AttentionBatch,
+        after_layer: Callable[[int], None] | None = None,
+    ) -> Tensor:
         """Run one step and store its K and V in `kv_pool`.
 
-        `token_ids` and `positions` are `[tokens]` int64, in the order that `batch` describes. Returns the
-        residual stream `[tokens, hidden_size]` float32, for `logits`.
+        `token_ids` and `positions` are `[tokens]` int64, in the order that `batch` describes. `after_layer`
+        is called with the index of each layer that is done. Returns the residual stream
+        `[tokens, hidden_size]` float32, for `logits`.
         """
         cos, sin = rope_cos_sin(positions, self.inverse_frequencies, self.config.rope.attention_factor)
         hidden: Tensor = self.embed_tokens(token_ids).to(torch.float32)
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             hidden = layer(hidden, cos, sin, kv_pool, batch)
+            if after_layer is not None:
+                after_layer(index)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:

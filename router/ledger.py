@@ -13,9 +13,9 @@ from pdengine.transport.messages import KVLease, SamplingParams, TransferStats, 
 class Request:
     """client, tag: who asked, and its name for the request. worker: engine id of the one that has it now.
 
-    early_worker: engine id of a decode worker that pulls the prompt while it is computed. refused_by: workers
-    that had no room for this attempt. lease: held for this request and not yet taken over by a decode worker
-    (`lease_accepted`) or read.
+    early_worker: engine id of a decode worker that pulls the prompt while it is computed, or holds the blocks
+    that it is pushed into. refused_by: workers that had no room for this attempt. lease: held for this
+    request and not yet taken over by a decode worker (`lease_accepted`) or read.
     """
 
     request_id: str
@@ -92,6 +92,10 @@ class Ledger:
 
     def of_worker(self, engine_id: str) -> list[Request]:
         return [request for request in self._by_id.values() if request.worker == engine_id]
+
+    def of_reserver(self, engine_id: str) -> list[Request]:
+        """Requests whose KV cache is to come to this worker, and is not there yet."""
+        return [request for request in self._by_id.values() if request.early_worker == engine_id]
 
     def of_holder(self, engine_id: str) -> list[Request]:
         """Requests whose KV cache this worker holds for another one that has not pulled it yet."""

@@ -56,9 +56,13 @@ from pdengine.transport.messages import (
     PromptProgress,
     PullEarly,
     Pulled,
+    Pushed,
+    PushTarget,
     Rejected,
     ReleaseLeases,
     RenewLeases,
+    Reserve,
+    Reserved,
     Status,
     StepTokens,
     TokenUpdate,
@@ -72,7 +76,7 @@ from pdengine.transport.sockets import SendFailed, ServerSocket
 logger = logging.getLogger(__name__)
 
 OnFailure = Literal["recompute", "fail"]
-TransferMode = Literal["early-pull", "pull"]
+TransferMode = Literal["early-pull", "pull", "push"]
 TICK_SECONDS = 0.5
 TOKENIZER_THREADS = 4
 
@@ -82,7 +86,8 @@ class RouterConfig:
     """heartbeat_seconds: asked of the workers. silence_seconds: a worker that is not heard of for so long is
     given up. on_failure: of a request's worker: compute the request anew on another one, with the tokens
     written so far, or fail it. max_attempts: workers that a request is given to before it fails. transfer:
-    whether a KV cache is pulled when its prompt is complete, or also before, where a decode worker has room.
+    whether a KV cache is pulled when its prompt is complete, or also before, where a decode worker has room;
+    or pushed layer by layer, into blocks that are held from before the prompt is begun.
     """
 
     model_directory: Path
@@ -103,6 +108,7 @@ class Router:
 
     def __init__(self, config: RouterConfig) -> None:
         self._config = config
+        self._pushes = config.transfer == "push"
         self._vocab_size = load_config(config.model_directory).vocab_size
         self._tokenizer = Tokenizer.load(config.model_directory)
         self._registry = Registry(model_fingerprint(config.model_directory))
@@ -225,7 +231,10 @@ class Router:
         if self._registry.splits(worker):
             request.decode_worker = ""
             self._assign(request, worker, request.num_tokens)
-            self._send_to_worker(worker, Prefill(request.work(), may_wait))
+            if self._pushes:
+                self._reserve(request, worker)
+            else:
+                self._send_to_worker(worker, Prefill(request.work(), may_wait))
         else:
             request.decode_worker = worker.engine_id
             self._assign(request, worker, request.max_total_tokens)
@@ -233,9 +242,12 @@ class Router:
 
     def _take_refusal(self, worker: WorkerEntry, message: WorkRefused) -> None:
         request = self._ledger.current(message.request_id, message.attempt)
-        if request is None or request.worker != worker.engine_id:
+        if request is None or worker.engine_id not in (request.worker, request.early_worker):
             return
         self._unassign(request)
+        if self._pushes:
+            self._end_early_transfer(request)
+            request.attempt += 1  # a reservation belongs to one attempt
         if worker.engine_id not in request.refused_by:
             request.refused_by.add(worker.engine_id)
             self._offer(request)
@@ -243,6 +255,22 @@ class Router:
             self._end(request, Failed(request.tag, f"no worker has room: {message.reason}"))
         else:
             self._end(request, Rejected(request.tag, f"no worker has room: {message.reason}"))
+
+    def _reserve(self, request: Request, writer: WorkerEntry) -> None:
+        """Before the prompt is computed, have a decode worker hold the blocks that it is pushed into."""
+        num_cached = request.max_total_tokens - 1
+        worker = self._registry.pick_decode(num_cached, writer.engine_id)
+        assert worker is not None, "such a prefill worker was not a candidate"
+        request.early_worker = worker.engine_id
+        worker.assigned[request.request_id] = request.max_total_tokens
+        self._send_to_worker(worker, Reserve(request.work(), writer.engine_id))
+
+    def _push_prompt(self, worker: WorkerEntry, message: Reserved) -> None:
+        request = self._ledger.current(message.request_id, message.attempt)
+        writer = None if request is None else self._registry.get(request.worker)
+        if request is not None and writer is not None:
+            target = PushTarget(worker.engine_id, message.block_ids)
+            self._send_to_worker(writer, Prefill(request.work(), push_to=target))
 
     def _pull_early(self, message: PromptProgress) -> None:
         """Let a decode worker that has room for the request begin to pull what is done of its prompt."""
@@ -268,17 +296,27 @@ class Router:
         holder = request.lease.engine_id
         worker = self._registry.get(request.early_worker)
         if worker is None or worker.leaving or holder in worker.broken_links:
-            self._end_early_pull(request)
+            self._end_early_transfer(request)
             worker = self._registry.pick_decode(request.max_total_tokens - 1, holder)
         if worker is None:
             self._retry(request, "no decode worker is there")
-            return
+        else:
+            self._give_decode(request, worker)
+
+    def _take_pushed(self, message: Pushed) -> None:
+        request = self._ledger.current(message.request_id, message.attempt)
+        worker = None if request is None else self._registry.get(request.early_worker)
+        if request is not None and worker is not None:
+            request.transfer = message.stats
+            self._give_decode(request, worker)
+
+    def _give_decode(self, request: Request, worker: WorkerEntry) -> None:
         request.early_worker = None
         request.decode_worker = worker.engine_id
         self._assign(request, worker, request.max_total_tokens)
         self._send_to_worker(worker, Decode(request.work(), request.lease))
 
-    def _end_early_pull(self, request: Request) -> None:
+    def _end_early_transfer(self, request: Request) -> None:
         worker = self._registry.get(request.early_worker)
         if worker is not None:
             worker.assigned.pop(request.request_id, None)
@@ -346,7 +384,7 @@ class Router:
         peers = [other.descriptor for other in self._registry]
         self._registry.add(identity, hello, monotonic())
         logger.info("%s worker %s has joined", hello.peer.role, hello.peer.engine_id)
-        self._send(identity, Welcome(self._epoch, self._config.heartbeat_seconds, peers))
+        self._send(identity, Welcome(self._epoch, self._config.heartbeat_seconds, peers, self._pushes))
         self._broadcast(PeerJoined(hello.peer), but=hello.peer.engine_id)
 
     def _hear(self, worker: WorkerEntry, message: WorkerToRouter) -> None:
@@ -369,6 +407,10 @@ class Router:
                 request = self._ledger.current(request_id, attempt)
                 if request is not None:
                     request.transfer, request.lease = stats, None
+            case Reserved():
+                self._push_prompt(worker, message)
+            case Pushed():
+                self._take_pushed(message)
             case WorkRefused():
                 self._take_refusal(worker, message)
             case WorkFailed(request_id, attempt, reason, retry):
@@ -399,12 +441,19 @@ class Router:
                 self._retry(request, f"the {worker.role} worker that had it is gone")
             for request in self._ledger.of_holder(worker.engine_id):
                 self._retry(request, "the worker that held its KV cache is gone")
+            for request in self._ledger.of_reserver(worker.engine_id) if self._pushes else []:
+                self._retry(request, "the decode worker that held its blocks is gone")
 
     def _take_link(self, worker: WorkerEntry, engine_id: str, lanes: str, error: str) -> None:
+        if self._pushes:  # it is the prefill worker that tells, and the decode worker that has the link
+            target = self._registry.get(engine_id)
+            if target is None:
+                return
+            worker, engine_id = target, worker.engine_id
         if error:
             worker.links.pop(engine_id, None)
             worker.broken_links.add(engine_id)
-            logger.warning("worker %s cannot pull from %s: %s", worker.engine_id, engine_id, error)
+            logger.warning("worker %s has no link to %s: %s", worker.engine_id, engine_id, error)
         elif self._registry.get(engine_id) is not None:
             worker.links[engine_id] = lanes
             worker.broken_links.discard(engine_id)
@@ -445,6 +494,8 @@ class Router:
         self._deliver(request, message.token_id, message.finish_reason)
         if request not in self._ledger:
             return
+        if message.pushed:
+            return  # Pushed follows
         if request.lease is None:
             self._retry(request, "the prefill worker gave no lease on its KV cache")
             return
@@ -525,7 +576,7 @@ class Router:
             request.task.cancel()
         if finished:
             self._unassign(request)
-            self._end_early_pull(request)
+            self._end_early_transfer(request)
             self._release_lease(request)
         else:
             self._withdraw(request)
@@ -536,7 +587,7 @@ class Router:
         if worker is not None:
             self._send_to_worker(worker, Abort(request.request_id))
         self._unassign(request)
-        self._end_early_pull(request)
+        self._end_early_transfer(request)
         self._release_lease(request)
 
     def _release_lease(self, request: Request) -> None:

@@ -116,9 +116,9 @@ class Usage(msgspec.Struct, frozen=True):
 class TransferStats(msgspec.Struct, frozen=True):
     """What the pull, or the push, of one prompt moved.
 
-    num_gets: reads, one per run of consecutive blocks; of a push, writes. seconds: while reads were in flight;
-    of a push, from its first write to the end of its last one. lanes: what carried them, "mapping" or as UCX
-    names it. num_early_blocks: those whose read began before the prompt was complete.
+    num_gets: reads, one per run of consecutive blocks; of a push, writes. seconds: while reads were in
+    flight; of a push, from its first write to the end of its last one. lanes: what carried them, "mapping" or
+    as UCX names it. num_early_blocks: those whose read began before the prompt was complete.
     """
 
     num_blocks: int

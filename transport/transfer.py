@@ -135,7 +135,7 @@ class Transfer(Protocol):
 
 
 class PushTransfer(Transfer, Protocol):
-    """A Transfer that can write to its peers, too. It is for comparison with pulls: docs/transfer.md, "Push"."""
+    """A Transfer that can write to its peers, too, for comparison with pulls: docs/transfer.md, "Push"."""
 
     def connect_to_push(self, engine_id: str, worker_address: bytes, region: RegionDescriptor) -> None:
         """Like `connect`, by a path that can write."""

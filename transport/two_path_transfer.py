@@ -18,6 +18,7 @@ from pdengine.transport.transfer import (
     PeerConnected,
     PeerFailed,
     PullFailed,
+    PushFailed,
     SameHost,
     Transfer,
     TransferEvent,
@@ -50,7 +51,7 @@ class _Peer:
 
 
 class TwoPathTransfer:
-    """A `Transfer` that maps a peer's memory if the peer lets it, and otherwise reads through UCX.
+    """A `PushTransfer` that maps a peer's memory if the peer lets it, and otherwise reads through UCX.
 
     Whether a peer is on this host is tried, not guessed: only one that shares the network namespace and the
     user can hand over its pool. `PeerConnected.lanes` is "mapping", or the lanes of UCX, which is connected
@@ -99,6 +100,19 @@ class TwoPathTransfer:
         return self._ucx.register(region)
 
     def connect(self, engine_id: str, worker_address: bytes, region: RegionDescriptor) -> None:
+        self._connect(engine_id, worker_address, region, self._mapping)
+
+    def connect_to_push(self, engine_id: str, worker_address: bytes, region: RegionDescriptor) -> None:
+        """Through UCX, because pools are mapped read-only."""
+        self._connect(engine_id, worker_address, region, mapping=None)
+
+    def _connect(
+        self,
+        engine_id: str,
+        worker_address: bytes,
+        region: RegionDescriptor,
+        mapping: MappingTransfer | None,
+    ) -> None:
         with self._lock:
             self.disconnect(engine_id)
             if self._closed:
@@ -113,10 +127,10 @@ class TwoPathTransfer:
             key = f"{engine_id}/{self._num_connects}"
             peer = _Peer(engine_id, key, address.ucx, region)
             self._peers[engine_id] = peer
-            if self._mapping is None or not address.mapping:
+            if mapping is None or not address.mapping:
                 self._connect_ucx(peer)
             else:
-                self._mapping.connect(key, address.mapping, region)
+                mapping.connect(key, address.mapping, region)
 
     def pull(self, pull_id: int, engine_id: str, runs: Sequence[Run]) -> None:
         with self._lock:
@@ -130,6 +144,14 @@ class TwoPathTransfer:
                 peer.waiting.append((pull_id, tuple(runs)))
             else:
                 peer.path.pull(pull_id, peer.key, runs)
+
+    def push(self, push_id: int, engine_id: str, runs: Sequence[Run], layer: int) -> None:
+        with self._lock:
+            peer = self._peers.get(engine_id)
+            if peer is None or peer.path is not self._ucx:
+                self._deliver(PushFailed(push_id, f"engine {engine_id} is not connected to push"))
+            else:
+                self._ucx.push(push_id, peer.key, runs, layer)
 
     def disconnect(self, engine_id: str) -> None:
         with self._lock:

@@ -32,6 +32,9 @@ UCP_FEATURE_WAKEUP = 1 << 4
 UCP_PARAM_FIELD_FEATURES = 1 << 0
 UCP_WORKER_PARAM_FIELD_THREAD_MODE = 1 << 0
 UCS_THREAD_MODE_SINGLE = 0
+UCP_WORKER_ATTR_FIELD_ADDRESS = 1 << 1
+UCP_WORKER_ATTR_FIELD_ADDRESS_FLAGS = 1 << 2
+UCP_WORKER_ADDRESS_FLAG_NET_ONLY = 1 << 0
 UCP_MEM_MAP_PARAM_FIELD_ADDRESS = 1 << 0
 UCP_MEM_MAP_PARAM_FIELD_LENGTH = 1 << 1
 UCP_EP_PARAM_FIELD_REMOTE_ADDRESS = 1 << 0
@@ -73,6 +76,17 @@ typedef struct {
     size_t am_alignment;
     uint64_t client_id;
 } ucp_worker_params_t;
+
+typedef struct {
+    uint64_t field_mask;
+    int thread_mode;
+    uint32_t address_flags;
+    void *address;
+    size_t address_length;
+    size_t max_am_header;
+    char name[32];
+    size_t max_debug_string;
+} ucp_worker_attr_t;
 
 typedef struct {
     uint64_t field_mask;
@@ -126,7 +140,7 @@ void ucp_cleanup(void *context);
 
 ucs_status_t ucp_worker_create(void *context, const ucp_worker_params_t *params, void **worker);
 void ucp_worker_destroy(void *worker);
-ucs_status_t ucp_worker_get_address(void *worker, void **address, size_t *length);
+ucs_status_t ucp_worker_query(void *worker, ucp_worker_attr_t *attr);
 void ucp_worker_release_address(void *worker, void *address);
 ucs_status_t ucp_worker_get_efd(void *worker, int *fd);
 ucs_status_t ucp_worker_arm(void *worker);
@@ -145,6 +159,10 @@ void ucp_ep_print_info(void *endpoint, void *stream);
 void *ucp_get_nbx(
     void *endpoint, void *buffer, size_t count, uint64_t remote_address, void *rkey,
     const ucp_request_param_t *param);
+void *ucp_put_nbx(
+    void *endpoint, const void *buffer, size_t count, uint64_t remote_address, void *rkey,
+    const ucp_request_param_t *param);
+void *ucp_ep_flush_nbx(void *endpoint, const ucp_request_param_t *param);
 ucs_status_t ucp_request_check_status(void *request);
 void ucp_request_free(void *request);
 """

@@ -19,13 +19,21 @@ import numpy as np
 import numpy.typing as npt
 
 from pdengine.transport import ucx_progress as native
-from pdengine.transport.regions import RegionDescriptor, Run, check_pull_compatible, copy_ranges
+from pdengine.transport.regions import (
+    RegionDescriptor,
+    Run,
+    check_pull_compatible,
+    copy_ranges,
+    layer_ranges,
+)
 from pdengine.transport.transfer import (
     Deliver,
     PeerConnected,
     PeerFailed,
     PullCompleted,
     PullFailed,
+    PushCompleted,
+    PushFailed,
     TransferError,
 )
 from pdengine.transport.ucx_library import UcxLibrary
@@ -53,11 +61,12 @@ class _Peer:
 
 @dataclass(frozen=True)
 class _Pull:
-    """A pull with a row in the pull table; the warm-up read of a connecting peer has no id."""
+    """A pull or push with a row in the pull table; the warm-up read of a connecting peer has no id."""
 
     pull_id: int | None
     peer: _Peer
     ranges: Table  # the native loop refers to it by address
+    is_push: bool = False
 
 
 class UcxLoop:
@@ -82,6 +91,8 @@ class UcxLoop:
         self._gaps = gaps
         self._loop = native.compile_loop()
         self._functions = tuple(native.native_functions(library))
+        self._get, self._put = library.address_of("ucp_get_nbx"), library.address_of("ucp_put_nbx")
+        self._flush = library.address_of("ucp_ep_flush_nbx")
         self._worker = UcxWorker(library, settings)
         self.worker_address = self._worker.address()
         self._scratch = np.zeros(WARM_UP_BYTES, np.uint8)
@@ -165,6 +176,18 @@ class UcxLoop:
             self._deliver(PullCompleted(pull_id, 0, 0, 0.0, time.monotonic()))
             return
         self._start(_Pull(pull_id, peer, ranges), self._pool_parameters)
+
+    def push(self, push_id: int, engine_id: str, runs: Sequence[Run], layer: int) -> None:
+        peer = self._peers.get(engine_id)
+        if peer is None or self._region is None:
+            self._deliver(PushFailed(push_id, f"engine {engine_id} is not connected"))
+            return
+        try:
+            ranges = layer_ranges(peer.region, self._region, runs, layer)
+        except ValueError as error:
+            self._deliver(PushFailed(push_id, str(error)))
+            return
+        self._start(_Pull(push_id, peer, ranges, is_push=True), self._pool_parameters)
 
     def disconnect(self, engine_id: str) -> None:
         self._disconnect(engine_id, "the peer was disconnected")
@@ -269,6 +292,10 @@ class UcxLoop:
         row[0, native.PULL_RANGES] = pull.ranges.ctypes.data
         row[0, native.PULL_NUM_GETS] = len(pull.ranges)
         row[0, native.PULL_PARAMETERS] = parameters
+        row[0, native.PULL_FUNCTION] = self._put if pull.is_push else self._get
+        if pull.is_push:
+            row[0, native.PULL_FLUSH] = self._flush
+            row[0, native.PULL_NUM_GETS] += 1
         self._pulls.append(pull)
         self._pull_table = np.concatenate([self._pull_table, row])
         self._request_table = np.concatenate([self._request_table, np.zeros((1, native.WINDOW), np.int64)])
@@ -293,6 +320,9 @@ class UcxLoop:
         complete = status == 0 and entry[native.PULL_COMPLETED] == entry[native.PULL_NUM_GETS]
         if pull.pull_id is None:
             self._end_warm_up(pull.peer, status, complete)
+        elif complete and pull.is_push:
+            num_bytes, completed_at = int(pull.ranges[:, 2].sum()), int(entry[native.PULL_ENDED_AT]) / 1e9
+            self._deliver(PushCompleted(pull.pull_id, num_bytes, len(pull.ranges), completed_at))
         elif complete:
             seconds = int(entry[native.PULL_ENDED_AT] - entry[native.PULL_POSTED_AT]) / 1e9
             self._deliver(
@@ -307,7 +337,7 @@ class UcxLoop:
             )
         else:
             reason = pull.peer.close_reason or self._library.describe_status(status)
-            self._deliver(PullFailed(pull.pull_id, reason))
+            self._deliver(_failed(pull, pull.pull_id, reason))
 
     def _end_warm_up(self, peer: _Peer, status: int, complete: bool) -> None:
         if self._peers.get(peer.engine_id) is not peer:
@@ -338,8 +368,12 @@ class UcxLoop:
         # UCX still owns reads in flight, so nothing may be released under it.
         for pull in self._pulls:
             if pull.pull_id is not None:
-                self._deliver(PullFailed(pull.pull_id, "the transfer is closed"))
+                self._deliver(_failed(pull, pull.pull_id, "the transfer is closed"))
         return True
+
+
+def _failed(pull: _Pull, pull_id: int, reason: str) -> PullFailed | PushFailed:
+    return PushFailed(pull_id, reason) if pull.is_push else PullFailed(pull_id, reason)
 
 
 Command: TypeAlias = Callable[[UcxLoop], None]

@@ -35,18 +35,20 @@ ENDPOINT_CLOSE_REQUEST = 5  # 0, or the request of a close that has not ended
 ENDPOINT_COLUMNS = 6
 FREE, OPEN, CLOSING = 0, 1, 2
 
-# Columns of the pull table; pulls are served in the order of its rows
+# Columns of the pull table; pulls, and pushes, are served in the order of its rows
 PULL_ENDPOINT = 0  # row of the endpoint table
 PULL_RANGES = 1  # address of an int64 array [num_gets, 3]: local address, remote address, bytes
-PULL_NUM_GETS = 2
+PULL_NUM_GETS = 2  # of a push: its writes, and the flush after which they have landed
 PULL_POSTED = 3
 PULL_COMPLETED = 4  # of those posted, how many have ended, well or not
 PULL_STATUS = 5  # 0, or the error after which nothing more is posted
 PULL_PARAMETERS = 6  # address of the ucp_request_param_t
 PULL_POSTED_AT = 7  # CLOCK_MONOTONIC in ns of the first post
 PULL_ENDED_AT = 8  # of the last completion
-PULL_POST_TIME = 9  # ns spent in ucp_get_nbx
-PULL_COLUMNS = 10
+PULL_POST_TIME = 9  # ns spent in PULL_FUNCTION
+PULL_FUNCTION = 10  # address of ucp_get_nbx or ucp_put_nbx
+PULL_FLUSH = 11  # of a push: address of ucp_ep_flush_nbx; else 0
+PULL_COLUMNS = 12
 
 # Entries of the control array
 CONTROL_WAKE = 0  # set by Python: return soon
@@ -71,7 +73,6 @@ class NativeFunctions(NamedTuple):
 
     progress: int
     arm: int
-    get: int
     check_status: int
     free: int
     poll: int
@@ -88,7 +89,6 @@ def native_functions(library: UcxLibrary) -> NativeFunctions:
     return NativeFunctions(
         progress=library.address_of("ucp_worker_progress"),
         arm=library.address_of("ucp_worker_arm"),
-        get=library.address_of("ucp_get_nbx"),
         check_status=library.address_of("ucp_request_check_status"),
         free=library.address_of("ucp_request_free"),
         poll=library.address_of("poll"),
@@ -107,7 +107,7 @@ def compile_loop() -> NativeLoop:
 
 def _compile(cache: bool) -> NativeLoop:
     # Signatures make numba compile here and not at the first call.
-    table, vector, functions = types.int64[:, ::1], types.int64[::1], types.UniTuple(types.int64, 8)
+    table, vector, functions = types.int64[:, ::1], types.int64[::1], types.UniTuple(types.int64, 7)
     signature = types.int64(functions, types.int64, types.int64, vector, vector, vector, table, table, table)
     error_signature = types.void(types.voidptr, types.voidptr, types.int8)
     return NativeLoop(
@@ -126,10 +126,10 @@ def progress_until_news(  # type: ignore[no-untyped-def]
     [NUM_GAP_BUCKETS], counted up here; endpoints: [n, ENDPOINT_COLUMNS]; pulls: [m, PULL_COLUMNS]; requests:
     [m, WINDOW], those in flight, 0 where none. Returns 0, or the error of ucp_worker_arm.
     """
-    progress, arm, get, check_status, free, poll, clock_gettime, sched_yield = functions
+    progress, arm, check_status, free, poll, clock_gettime, sched_yield = functions
     num_idle_passes = 0
     while True:
-        num_events = _post(get, clock_gettime, clock, endpoints, pulls, requests)
+        num_events = _post(clock_gettime, clock, endpoints, pulls, requests)
         _count_gap(_now(clock_gettime, clock), control, gaps)
         for _ in range(PROGRESS_CALLS):
             if call_native(progress, (worker,)) & 0xFFFFFFFF == 0:
@@ -178,7 +178,7 @@ def _count_gap(now, control, gaps):  # type: ignore[no-untyped-def]
 
 
 @register_jitable
-def _post(get, clock_gettime, clock, endpoints, pulls, requests):  # type: ignore[no-untyped-def]
+def _post(clock_gettime, clock, endpoints, pulls, requests):  # type: ignore[no-untyped-def]
     num_posted = 0
     for row in range(len(pulls)):
         pull = pulls[row]
@@ -194,18 +194,21 @@ def _post(get, clock_gettime, clock, endpoints, pulls, requests):  # type: ignor
             posting_at = _now(clock_gettime, clock)
             if pull[PULL_POSTED] == 0:
                 pull[PULL_POSTED_AT] = posting_at
-            copy = pull[PULL_RANGES] + pull[PULL_POSTED] * RANGE_BYTES
-            request = call_native(
-                get,
-                (
-                    endpoint[ENDPOINT_HANDLE],
-                    load_int64(copy),
-                    load_int64(copy + 16),
-                    load_int64(copy + 8),
-                    endpoint[ENDPOINT_REMOTE_KEY],
-                    pull[PULL_PARAMETERS],
-                ),
-            )
+            if pull[PULL_FLUSH] != 0 and pull[PULL_POSTED] == pull[PULL_NUM_GETS] - 1:
+                request = call_native(pull[PULL_FLUSH], (endpoint[ENDPOINT_HANDLE], pull[PULL_PARAMETERS]))
+            else:
+                copy = pull[PULL_RANGES] + pull[PULL_POSTED] * RANGE_BYTES
+                request = call_native(
+                    pull[PULL_FUNCTION],
+                    (
+                        endpoint[ENDPOINT_HANDLE],
+                        load_int64(copy),
+                        load_int64(copy + 16),
+                        load_int64(copy + 8),
+                        endpoint[ENDPOINT_REMOTE_KEY],
+                        pull[PULL_PARAMETERS],
+                    ),
+                )
             posted_at = _now(clock_gettime, clock)
             pull[PULL_POST_TIME] += posted_at - posting_at
             pull[PULL_POSTED] += 1

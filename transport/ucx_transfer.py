@@ -15,7 +15,7 @@ import numpy as np
 
 from pdengine.transport import ucx_progress
 from pdengine.transport.regions import RegionDescriptor, Run
-from pdengine.transport.transfer import Deliver, PeerFailed, PullFailed, TransferError
+from pdengine.transport.transfer import Deliver, PeerFailed, PullFailed, PushFailed, TransferError
 from pdengine.transport.ucx_library import load_ucx
 from pdengine.transport.ucx_loop import CLOSE_SECONDS, Command, UcxLoop
 from pdengine.transport.ucx_settings import ucx_settings
@@ -25,7 +25,7 @@ REGISTER_SECONDS = 120.0  # pinning hundreds of GB for RDMA takes long
 
 
 class UcxTransfer:
-    """A `Transfer` over UCX. The thread "ucx" owns the library and runs without the GIL (`ucx_progress`).
+    """A `PushTransfer` over UCX. The thread "ucx" owns the library and runs without the GIL (`ucx_progress`).
 
     `deliver` is called on that thread. `on_fatal` is called there if the thread dies: nothing that is in
     flight will be reported any more, so the process should exit. UCX listens on the interface that owns
@@ -91,6 +91,14 @@ class UcxTransfer:
         runs = tuple(runs)
         if not self._submit(lambda loop: loop.pull(pull_id, engine_id, runs)):
             self._deliver(PullFailed(pull_id, "the transfer is closed"))
+
+    def connect_to_push(self, engine_id: str, worker_address: bytes, region: RegionDescriptor) -> None:
+        self.connect(engine_id, worker_address, region)
+
+    def push(self, push_id: int, engine_id: str, runs: Sequence[Run], layer: int) -> None:
+        runs = tuple(runs)
+        if not self._submit(lambda loop: loop.push(push_id, engine_id, runs, layer)):
+            self._deliver(PushFailed(push_id, "the transfer is closed"))
 
     def disconnect(self, engine_id: str) -> None:
         self._submit(lambda loop: loop.disconnect(engine_id))

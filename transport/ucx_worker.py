@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from typing import Any, NamedTuple
 
 from pdengine.transport import ucx_library as ucx
-from pdengine.transport.transfer import TransferError
+from pdengine.transport.tcp_congestion import without_bbr
+from pdengine.transport.ucx_address import (
+    UcxAddress,
+    pack_address,
+    seal,
+    shared_memory_namespaces,
+    unpack_address,
+    unseal,
+)
 from pdengine.transport.ucx_library import UcxLibrary
 
-CHECKSUM_BYTES = 8
 FIRST_VERSION_THAT_CLOSES_SAFELY = (1, 16)
 _RESOURCE = re.compile(r"resource \d+\s*:.*?--\s*(\S+)")
 _LANE = re.compile(r"lane\[\d+\]:\s+\d+:(\S+)\.\d+\s+md\[")
@@ -53,12 +59,8 @@ class UcxWorker:
 
     def address(self) -> bytes:
         """What a peer passes to `create_endpoint`."""
-        address, length = self._ffi.new("void **"), self._ffi.new("size_t *")
-        status = self._ucp.ucp_worker_get_address(self._worker, address, length)
-        self._check(status, "ucp_worker_get_address")
-        packed = bytes(self._ffi.buffer(address[0], length[0]))
-        self._ucp.ucp_worker_release_address(self._worker, address[0])
-        return seal(packed)
+        everything, network = self._address(0), self._address(ucx.UCP_WORKER_ADDRESS_FLAG_NET_ONLY)
+        return pack_address(UcxAddress(everything, network, shared_memory_namespaces()))
 
     def map_memory(self, address: int, num_bytes: int) -> MappedMemory:
         """Register memory until `close`."""
@@ -90,7 +92,7 @@ class UcxWorker:
 
         Raises TransferError if `worker_address` is not what `address` gave.
         """
-        buffer = self._ffi.from_buffer(unseal(worker_address, "worker address"))
+        buffer = self._ffi.from_buffer(unpack_address(worker_address).reachable_from_here())
         parameters = self._ffi.new("ucp_ep_params_t *")
         parameters.field_mask = (
             ucx.UCP_EP_PARAM_FIELD_REMOTE_ADDRESS
@@ -102,7 +104,9 @@ class UcxWorker:
         parameters.err_handler.cb = self._pointer(error_handler)
         parameters.err_handler.arg = self._pointer(error_argument)
         endpoint = self._ffi.new("void **")
-        self._check(self._ucp.ucp_ep_create(self._worker, parameters, endpoint), "ucp_ep_create")
+        with without_bbr():
+            status = self._ucp.ucp_ep_create(self._worker, parameters, endpoint)
+        self._check(status, "ucp_ep_create")
         return int(self._ffi.cast("intptr_t", endpoint[0]))
 
     def close_endpoint(self, endpoint: int) -> int:
@@ -172,9 +176,19 @@ class UcxWorker:
         parameters.field_mask = ucx.UCP_WORKER_PARAM_FIELD_THREAD_MODE
         parameters.thread_mode = ucx.UCS_THREAD_MODE_SINGLE
         worker = self._ffi.new("void **")
-        status = self._ucp.ucp_worker_create(self._context, parameters, worker)
+        with without_bbr():
+            status = self._ucp.ucp_worker_create(self._context, parameters, worker)
         self._check(status, "ucp_worker_create")
         return worker[0]
+
+    def _address(self, flags: int) -> bytes:
+        attributes = self._ffi.new("ucp_worker_attr_t *")
+        attributes.field_mask = ucx.UCP_WORKER_ATTR_FIELD_ADDRESS | ucx.UCP_WORKER_ATTR_FIELD_ADDRESS_FLAGS
+        attributes.address_flags = flags
+        self._check(self._ucp.ucp_worker_query(self._worker, attributes), "ucp_worker_query")
+        packed = bytes(self._ffi.buffer(attributes.address, attributes.address_length))
+        self._ucp.ucp_worker_release_address(self._worker, attributes.address)
+        return packed
 
     def _report(self, print_info: Any, subject: Any) -> str:
         """What one of UCX's functions for people prints about `subject`."""
@@ -192,25 +206,6 @@ class UcxWorker:
 
     def _check(self, status: int, call: str) -> None:
         self._library.check(status, call)
-
-
-def seal(packed: bytes) -> bytes:
-    """What UCX packed, with a checksum before it, because UCX aborts the process on a damaged address."""
-    return _checksum(packed) + packed
-
-
-def unseal(sealed: bytes, name: str) -> bytes:
-    """The bytes that were sealed. Raises TransferError, with `name` in it, if they are not whole."""
-    if not sealed:
-        raise TransferError(f"the peer's {name} is empty")
-    packed = sealed[CHECKSUM_BYTES:]
-    if _checksum(packed) != sealed[:CHECKSUM_BYTES]:
-        raise TransferError(f"the peer's {name} is damaged: its checksum does not match")
-    return packed
-
-
-def _checksum(packed: bytes) -> bytes:
-    return hashlib.blake2b(packed, digest_size=CHECKSUM_BYTES, person=b"pdengine-ucx").digest()
 
 
 def parse_lanes(report: str) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from checkpoints import write_checkpoint
 from deployment import Deployment
-from scenario import FLOAT32
+from scenario import FLOAT32, cluster
 
 from pdengine.client import Client
 
@@ -26,3 +26,16 @@ def undisturbed(wandering_model: Path, tmp_path_factory: pytest.TempPathFactory)
         deployment.wait_workers("unified")
         with Client(deployment.client_address) as client:
             yield client
+
+
+@pytest.fixture(scope="session")
+def calm_cluster(wandering_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """A prefill and a decode worker to which nothing happens.
+
+    Leases outlast the tests: what is free after a request was given back.
+    """
+    logs, prefill = tmp_path_factory.mktemp("calm"), ("--lease-seconds", "3600")
+    with cluster(wandering_model, logs, prefill=prefill) as deployment:
+        deployment.start_worker("decode", *FLOAT32)
+        deployment.wait_workers("prefill", "decode")
+        yield deployment

@@ -11,7 +11,7 @@ import zmq
 import zmq.asyncio
 from checkpoints import VOCAB_SIZE
 from deployment import DEADLINE_SECONDS, Deployment
-from scenario import FLOAT32, GREEDY, check_healthy, cluster, random_prompt, tokens
+from scenario import FLOAT32, GREEDY, check_healthy, random_prompt, tokens
 
 from pdengine.client import Client, Rejected
 from pdengine.transport.messages import (
@@ -31,20 +31,10 @@ NUM_CLIENTS, ROUNDS = 300, 5
 NUM_TOKENS = 40
 
 
-@pytest.fixture(scope="module")
-def lasting_cluster(wandering_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """Leases outlast the tests: what is free at the end was given back."""
-    logs, prefill = tmp_path_factory.mktemp("logs"), ("--lease-seconds", "3600")
-    with cluster(wandering_model, logs, prefill=prefill) as deployment:
-        deployment.start_worker("decode", *FLOAT32)
-        deployment.wait_workers("prefill", "decode")
-        yield deployment
-
-
 @pytest.fixture
-def deployment(lasting_cluster: Deployment, undisturbed: Client) -> Iterator[Deployment]:
-    yield lasting_cluster
-    check_healthy(lasting_cluster, undisturbed)
+def deployment(calm_cluster: Deployment, undisturbed: Client) -> Iterator[Deployment]:
+    yield calm_cluster
+    check_healthy(calm_cluster, undisturbed)
 
 
 def request(tag: int, prompt: list[int], *, max_tokens: int = NUM_TOKENS) -> Generate:

@@ -38,7 +38,6 @@ def free_address() -> str:
     ("path", "rounds"),
     [
         pytest.param(MAPPING, 1, id="mapping"),
-        pytest.param(UCX_SHARED_MEMORY, 1, id="shared-memory"),
         pytest.param(UCX_TCP, 1, id="tcp"),
         pytest.param(MAPPING, 20, id="mapping-20-times", marks=pytest.mark.long),
         pytest.param(UCX_SHARED_MEMORY, 20, id="shared-memory-20-times", marks=pytest.mark.long),

@@ -1,11 +1,11 @@
 """The edges of prompts and of sampling: two workers write what one worker would have written."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from scenario import CLIENT_SECONDS, FLOAT32, GREEDY, SAMPLED, check_healthy, cluster, random_prompt
+from deployment import Deployment
+from scenario import CLIENT_SECONDS, GREEDY, SAMPLED, check_healthy, random_prompt
 
 from pdengine.client import Client, Completion
 
@@ -13,16 +13,10 @@ BLOCK_SIZE = 16
 
 
 @pytest.fixture(scope="module")
-def disaggregated_client(
-    wandering_model: Path, undisturbed: Client, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Client]:
-    with cluster(wandering_model, tmp_path_factory.mktemp("logs")) as deployment:
-        deployment.start_worker("decode", *FLOAT32)
-        deployment.wait_workers("prefill", "decode")
-        with Client(deployment.client_address) as client:
-            yield client
-        check_healthy(deployment, undisturbed)
-        assert "expired" not in deployment.log_of(deployment.processes[1])
+def disaggregated_client(calm_cluster: Deployment, undisturbed: Client) -> Iterator[Client]:
+    with Client(calm_cluster.client_address) as client:
+        yield client
+    check_healthy(calm_cluster, undisturbed)
 
 
 def streamed(client: Client, prompt: list[int], **options: Any) -> Completion:

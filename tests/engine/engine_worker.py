@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Callable
 from collections.abc import Sequence as Sequence_
 from time import monotonic
 from typing import TypeVar
@@ -17,6 +18,7 @@ from pdengine.engine.engine import AbortAll, AbortRequest, AddSequence, Engine, 
 from pdengine.engine.leases import BorrowedLease
 from pdengine.engine.metrics import WorkerMetrics
 from pdengine.engine.pulls import Pulls
+from pdengine.engine.pushes import Pushes
 from pdengine.engine.runner import Runner
 from pdengine.engine.scheduler import Chunk, Scheduler, SchedulerConfig
 from pdengine.engine.sequence import Mode
@@ -62,8 +64,8 @@ class TokenRunner(Runner):
 
     def describe(self) -> RegionDescriptor:
         return describe_region(
-            ("block", "token"),
-            self.pool.shape,
+            ("block", "layer", "token"),
+            (len(self.pool), 1, self.pool.shape[1]),
             item_size=8,
             dtype="int64",
             base_address=self.pool.ctypes.data,
@@ -81,7 +83,7 @@ class TokenRunner(Runner):
     def release(self) -> None:
         self._may_run.set()
 
-    def run(self, chunks: Sequence_[Chunk]) -> list[int]:
+    def run(self, chunks: Sequence_[Chunk], after_layer: Callable[[int], None] | None = None) -> list[int]:
         if not self._may_run.is_set() and self._free_steps:
             self._free_steps -= 1
         elif not self._may_run.is_set():
@@ -96,6 +98,8 @@ class TokenRunner(Runner):
                 self.pool[block_id, position % block_size] = sequence.token_ids[position]
             if chunk.samples:
                 sampled.append(next_token(self.pool[sequence.block_ids].flatten()[:end].tolist()))
+        if after_layer is not None:
+            after_layer(0)
         return sampled
 
 
@@ -127,11 +131,13 @@ class EngineWorker:
         self.region = self.transfer.register(region)
         self.pulls = Pulls(self.transfer, self.pool, block_size=block_size, timeout=pull_seconds)
         self.metrics = WorkerMetrics()
+        self.pushes = Pushes(self.transfer, self.scheduler, self.metrics)
         self.engine = Engine(
             engine_id=engine_id,
             scheduler=self.scheduler,
             runner=runner,
             pulls=self.pulls,
+            pushes=self.pushes,
             eos_token_ids=frozenset(),
             lease_duration=LEASE_SECONDS,
             metrics=self.metrics,
@@ -261,7 +267,7 @@ class EngineWorker:
         assert not self.scheduler.has_work
         assert not self.scheduler.leased
         assert len(self.pulls) == self.pulls.num_quarantined == self.scheduler.num_pinned == 0
-        assert self.scheduler.num_reserved == 0
+        assert self.scheduler.num_reserved == self.pushes.num_quarantined == 0
         assert self.pool.num_free == self.pool.num_blocks
         assert sorted(map(id, self.unneeded)) == sorted(map(id, self.borrowed))
 

@@ -80,6 +80,12 @@ def test_requests_by_outcome_and_expired_leases(metrics: WorkerMetrics) -> None:
     assert found["pdengine_kv_leases_expired_total"] == 3
 
 
+def test_held_blocks_are_counted_with_their_time(metrics: WorkerMetrics) -> None:
+    metrics.blocks_held(10, 0.5)
+    metrics.blocks_held(3, 2.0)
+    assert samples(metrics.exposition())["pdengine_kv_block_seconds_total"] == 11
+
+
 def test_states_are_read_when_asked() -> None:
     metrics, loads = WorkerMetrics(), [LOAD, Load(num_blocks=100, free_blocks=100)]
     assert metrics.why_not_ready() == "the weights are not loaded yet"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import queue
 import subprocess
@@ -122,6 +123,21 @@ def test_any_runs_are_copied_exactly(streaming_bytes: int, block_bytes: int) -> 
         assert 0 < started_at <= ended_at
 
     check()
+
+
+def test_a_kernel_that_cannot_populate_changes_nothing() -> None:
+    """As before Linux 5.14: a call that does nothing stands in for madvise."""
+    copier = Copier()
+    memcpy, _, clock_gettime = copier._functions
+    nothing = ctypes.cast(ctypes.CDLL(None).getppid, ctypes.c_void_p).value
+    copier._functions = (memcpy, nothing, clock_gettime)
+    source, destination = SharedMemory(8 * BLOCK_BYTES), SharedMemory(8 * BLOCK_BYTES)
+    fill(np.frombuffer(source.buffer, np.uint8).reshape(8, BLOCK_BYTES))
+    pools = [mapped_pool(describe(memory, 8, BLOCK_BYTES)) for memory in (source, destination)]
+    ranges = copy_ranges(pools[0].region, pools[1].region, [Run(2, 5, 3)])
+    copier.copy(ranges, *pools)
+    expected = bytes(5 * BLOCK_BYTES) + source.buffer[2 * BLOCK_BYTES : 5 * BLOCK_BYTES]
+    assert destination.buffer[:] == expected
 
 
 def test_what_the_owner_writes_later_is_seen(worker: MappingWorker) -> None:

@@ -2,49 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import random
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
-from ucx_peer import BLOCK_BYTES, Worker
+from mortal_peer import NUM_BLOCKS, mortal_peer
+from ucx_peer import Worker
 
-from pdengine.transport.regions import RegionDescriptor, Run, describe_region
+from pdengine.transport.regions import Run
 from pdengine.transport.transfer import PeerConnected, PeerFailed, PullCompleted, PullFailed
 
-NUM_BLOCKS = 1024  # 64 MiB
-RUNS = [Run(block, block, 16) for block in range(0, NUM_BLOCKS, 16)]
-LATEST_DEATH = 40  # progress calls; the pull takes more
-
-
-@contextmanager
-def mortal_peer() -> Iterator[tuple[subprocess.Popen[str], bytes, RegionDescriptor]]:
-    """The process, its worker address and its region."""
-    program = Path(__file__).with_name("mortal_peer.py")
-    with subprocess.Popen(
-        [sys.executable, str(program), str(NUM_BLOCKS * BLOCK_BYTES)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            assert process.stdout is not None
-            offer = json.loads(process.stdout.readline())
-            region = describe_region(
-                ("block", "byte"),
-                (NUM_BLOCKS, BLOCK_BYTES),
-                item_size=1,
-                dtype="uint8",
-                base_address=offer["base_address"],
-                remote_key=bytes.fromhex(offer["remote_key"]),
-            )
-            yield process, bytes.fromhex(offer["worker_address"]), region
-        finally:
-            process.kill()
+RUNS = [Run(block, block, 1) for block in range(NUM_BLOCKS)]  # many windows of reads
+LATEST_DEATH = 16  # progress calls; the pull takes more
 
 
 def kill_in_the_middle(worker: Worker, turn: int, num_calls: int) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import queue
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 from ucx_peer import BLOCK_BYTES, Peer, Worker, block_content, peer_process
 
-from pdengine.transport.regions import Run, block_runs
+from pdengine.transport.regions import Run, block_runs, describe_region
 from pdengine.transport.transfer import PeerConnected, PeerFailed, PullCompleted, PullFailed, TransferError
 from pdengine.transport.ucx_transfer import UcxTransfer
 
@@ -107,9 +109,35 @@ def test_a_broken_tcp_connection_fails_the_pull_and_the_peer(monkeypatch: pytest
     worker.transfer.close()
 
 
+def test_the_time_of_posting_is_part_of_a_pull(worker: Worker, peer: Peer) -> None:
+    connect(worker, "peer", peer)
+    event = pull(worker, 1, "peer", [Run(block, block, 1) for block in range(0, 64, 2)])
+    assert 0 < event.post_seconds <= event.seconds
+
+
+def test_gaps_between_progress_calls_are_counted(worker: Worker, peer: Peer) -> None:
+    connect(worker, "peer", peer)
+    before = worker.transfer.progress_gaps()
+    bounds = [bound for bound, _ in before]
+    assert bounds == sorted(set(bounds))
+    assert (bounds[0], bounds[-1]) == (1e-6, math.inf)
+    pull(worker, 1, "peer", [Run(0, 0, 64)])
+    after = worker.transfer.progress_gaps()
+    added = [now - then for (_, now), (_, then) in zip(after, before, strict=True)]
+    assert min(added) >= 0
+    assert sum(added) > 0
+    # Sleeping is no gap: while nothing happens, none of seconds appears.
+    with pytest.raises(queue.Empty):
+        worker.events.get(timeout=1.5)
+    pull(worker, 2, "peer", [Run(0, 0, 1)])
+    gaps = worker.transfer.progress_gaps()
+    assert sum(count for bound, count in gaps if bound > 1.5) == 0
+
+
 def test_a_target_that_never_gives_up_the_gil_is_still_read(worker: Worker) -> None:
-    with peer_process(seed=4, computing=True) as peer:
+    with peer_process(seed=4) as peer:
         connect(worker, "peer", peer)
+        peer.compute()
         pull(worker, 1, "peer", block_runs([9, 3, 4, 5], [0, 1, 2, 3]))
         assert peer.stop_computing.value == 0
         for remote, local in zip([9, 3, 4, 5], [0, 1, 2, 3], strict=True):
@@ -223,21 +251,75 @@ def test_pulls_that_cannot_begin(worker: Worker, peer: Peer) -> None:
     )
     worker.transfer.pull(4, "peer", [Run(0, 64, 1)])
     assert worker.next_event() == PullFailed(4, "local blocks 64 to 64 are outside a pool of 64 blocks")
+    worker.transfer.pull(5, "peer", [Run(0, 0, 1), Run(-1, 1, 1)])
+    assert worker.next_event() == PullFailed(5, "remote blocks -1 to -1 are outside a pool of 1024 blocks")
+    worker.transfer.pull(6, "peer", [Run(2**62, 0, 1)])
+    event = worker.next_event()
+    assert isinstance(event, PullFailed), event
+    assert "outside a pool of 1024 blocks" in event.reason
+    pull(worker, 7, "peer", [Run(0, 0, 1)])
 
 
-def test_a_pool_of_another_layout_is_refused_by_name(worker: Worker, peer: Peer) -> None:
-    other = msgspec.structs.replace(peer.region, dtype="float16")
+@pytest.mark.parametrize(
+    ("field", "names", "sizes", "dtype", "item_size"),
+    [
+        ("names", ("block", "page"), (1024, BLOCK_BYTES), "uint8", 1),
+        ("dtype", ("block", "byte"), (1024, BLOCK_BYTES), "int8", 1),
+        ("sizes[byte]", ("block", "byte"), (1024, BLOCK_BYTES // 2), "uint8", 1),
+        ("strides[block]", ("block", "byte"), (1024, BLOCK_BYTES), "uint8", 2),
+    ],
+)
+def test_a_pool_of_another_layout_is_refused_by_name(
+    worker: Worker,
+    peer: Peer,
+    field: str,
+    names: tuple[str, ...],
+    sizes: tuple[int, ...],
+    dtype: str,
+    item_size: int,
+) -> None:
+    other = describe_region(
+        names,
+        sizes,
+        item_size=item_size,
+        dtype=dtype,
+        base_address=peer.region.base_address,
+        remote_key=peer.region.remote_key,
+    )
     worker.transfer.connect("peer", peer.worker_address, other)
     event = worker.next_event()
-    assert isinstance(event, PeerFailed)
-    assert "dtype" in event.reason
-    worker.transfer.connect("empty", b"", peer.region)
-    assert worker.next_event() == PeerFailed("empty", "the peer's worker address is empty")
-    worker.transfer.connect(
-        "keyless", peer.worker_address, msgspec.structs.replace(peer.region, remote_key=b"")
-    )
-    assert worker.next_event() == PeerFailed("keyless", "the peer's remote key is empty")
+    assert isinstance(event, PeerFailed), event
+    assert f"KV regions differ in {field}: " in event.reason
+    worker.transfer.pull(1, "peer", [Run(0, 0, 1)])
+    assert worker.next_event() == PullFailed(1, "engine peer is not connected")
     connect(worker, "peer", peer)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda whole: b"", id="empty"),
+        pytest.param(lambda whole: whole[:5], id="shorter than its checksum"),
+        pytest.param(lambda whole: whole[:-1], id="truncated"),
+        pytest.param(lambda whole: whole + b"x", id="longer"),
+        pytest.param(lambda whole: whole[:8] + bytes([whole[8] ^ 0xF]) + whole[9:], id="another version"),
+        pytest.param(lambda whole: bytes(reversed(whole)), id="garbage"),
+    ],
+)
+def test_damaged_addresses_and_keys_are_refused(
+    worker: Worker, peer: Peer, damage: Callable[[bytes], bytes]
+) -> None:
+    worker.transfer.connect("peer", damage(peer.worker_address), peer.region)
+    event = worker.next_event()
+    assert isinstance(event, PeerFailed), event
+    assert re.match("the peer's worker address is (empty|damaged)", event.reason)
+    region = msgspec.structs.replace(peer.region, remote_key=damage(peer.region.remote_key))
+    worker.transfer.connect("peer", peer.worker_address, region)
+    event = worker.next_event()
+    assert isinstance(event, PeerFailed), event
+    assert re.match("the peer's remote key is (empty|damaged)", event.reason)
+    connect(worker, "peer", peer)
+    pull(worker, 1, "peer", [Run(3, 0, 1)])
 
 
 def test_close_fails_what_is_in_flight_and_what_comes_later(peer: Peer) -> None:

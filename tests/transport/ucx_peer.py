@@ -76,19 +76,22 @@ class Peer:
     def pause(self) -> None:
         os.kill(self.process.pid, signal.SIGSTOP)
 
+    def compute(self) -> None:
+        """From now on its main thread never gives up the GIL. Connect before: that shows that its UCX thread
+        has left Python, where it would wait for the GIL forever."""
+        self.connection.send("compute")
+        assert self.connection.poll(DEADLINE), "the peer process did not begin to compute"
+        self.connection.recv()
+
 
 @contextmanager
-def peer_process(
-    *, seed: int = 1, num_blocks: int = 64, blocks: range | None = None, computing: bool = False
-) -> Iterator[Peer]:
-    """Start a process that offers a pool; with `computing`, its main thread then never gives up the GIL."""
+def peer_process(*, seed: int = 1, num_blocks: int = 64, blocks: range | None = None) -> Iterator[Peer]:
+    """Start a process that offers a pool."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     stop_computing = context.RawValue(ctypes.c_int, 0)
     written = blocks if blocks is not None else range(num_blocks)
-    process = context.Process(
-        target=_serve, args=(there, seed, num_blocks, written, stop_computing if computing else None)
-    )
+    process = context.Process(target=_serve, args=(there, seed, num_blocks, written, stop_computing))
     process.start()
     there.close()
     try:
@@ -109,14 +112,14 @@ def _serve(connection: Connection, seed: int, num_blocks: int, blocks: range, st
     worker = Worker(num_blocks)
     for block in blocks:
         worker.pool.blocks[block] = block_content(seed, block)
-    if stop_computing is not None:
-        sys.setswitchinterval(10_000.0)  # from now on no other thread of this process gets the GIL
     connection.send((worker.transfer.worker_address, worker.region))
-    if stop_computing is not None:
+    try:
+        connection.recv()  # "compute"
+        sys.setswitchinterval(10_000.0)  # from now on no other thread of this process gets the GIL
+        connection.send("computing")
         turns = 0
         while not stop_computing.value:
             turns += 1
-    try:
         connection.recv()
     except EOFError:
         worker.transfer.close()

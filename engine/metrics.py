@@ -183,7 +183,7 @@ class _LoadCollector(Collector):
             ),
             (
                 "pdengine_kv_quarantined_blocks",
-                "KV blocks that a given-up pull may still write.",
+                "KV blocks that a given-up pull or push may still write.",
                 load.quarantined_blocks,
             ),
             ("pdengine_kv_leases_granted", "Leases on KV caches of this worker now.", self._num_leases()),

@@ -263,8 +263,8 @@ class PeerDescriptor(msgspec.Struct, frozen=True):
 
 class Load(msgspec.Struct, frozen=True):
     """running, waiting: requests. pinned_blocks: of prompts computed for others, running or leased.
-    quarantined_blocks: destinations of pulls that have not ended. step_age: seconds since the engine loop
-    last turned, while a sequence can run; else 0.
+    quarantined_blocks: destinations of pulls and pushes that have not ended. step_age: seconds since the
+    engine loop last turned, while a sequence can run; else 0.
     """
 
     num_blocks: int

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,8 +73,7 @@ class FaultyWorker:
         self, deployment: Deployment, role: str, *options: str, environment: dict[str, str] | None = None
     ) -> None:
         self._deployment = deployment
-        self._faults = deployment.logs / f"faults-{len(deployment.processes)}"
-        self._faults.mkdir()
+        self._faults = Path(tempfile.mkdtemp(prefix="faults-", dir=deployment.logs))
         self._num_held = 0
         self.process: subprocess.Popen[bytes] = deployment.start_worker(
             role,

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -11,7 +10,7 @@ import zmq
 import zmq.asyncio
 from checkpoints import VOCAB_SIZE
 from deployment import DEADLINE_SECONDS, Deployment
-from scenario import FLOAT32, GREEDY, check_healthy, random_prompt, tokens
+from scenario import GREEDY, check_healthy, random_prompt, tokens
 
 from pdengine.client import Client, Rejected
 from pdengine.transport.messages import (
@@ -123,18 +122,6 @@ def test_a_prompt_that_cannot_be_served_is_refused_with_the_reason(
         with pytest.raises(Rejected, match=sentence) as caught:
             client.generate(prompt)
         assert caught.value.field == "prompt"
-
-
-def test_a_prompt_that_can_never_fit_into_the_kv_cache_is_refused(
-    wandering_model: Path, undisturbed: Client, tmp_path: Path
-) -> None:
-    with Deployment(wandering_model, tmp_path) as deployment:
-        deployment.start_router()
-        deployment.start_worker("unified", *FLOAT32, "--kv-memory", "1MiB")
-        deployment.wait_workers("unified")
-        with Client(deployment.client_address) as client, pytest.raises(Rejected, match="KV cache holds"):
-            client.generate(random_prompt(700))
-        check_healthy(deployment, undisturbed)
 
 
 def test_text_that_is_not_utf8_is_malformed(deployment: Deployment) -> None:

@@ -139,9 +139,9 @@ def test_where_requests_are_not_to_be_computed_anew_a_killed_decode_worker_fails
                 pulling = threads.submit(ask, client, random_prompt(200), **GREEDY)
                 decoder.wait_held()
                 deployment.stop(decoder.process, signal.SIGKILL)
-                with pytest.raises(Failed, match="the decode worker .* is gone"):
+                with pytest.raises(Failed, match="the decode worker that had it is gone"):
                     list(half_written)
-            with pytest.raises(Failed, match="the decode worker .* is gone"):
+            with pytest.raises(Failed, match="the decode worker that had it is gone"):
                 pulling.result()
         deployment.wait_workers("prefill")
         check_healthy(deployment, undisturbed)

@@ -1,12 +1,14 @@
 """The KV cache of a prompt is kept for as long as somebody waits for it, and no longer."""
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import monotonic
+from urllib.request import urlopen
 
 import pytest
-from deployment import Deployment
+from deployment import DEADLINE_SECONDS, Deployment
 from scenario import FLOAT32, GREEDY, FaultyWorker, ask, check_healthy, cluster, random_prompt, tokens
 
 from pdengine.client import Client, TimedOut
@@ -21,7 +23,8 @@ def lasting(
 ) -> Iterator[tuple[Deployment, FaultyWorker]]:
     """A prefill worker with short leases, and a decode worker that writes one answer at a time."""
     logs = tmp_path_factory.mktemp("logs")
-    router, prefill = ("--silence-seconds", "600"), ("--lease-seconds", str(LEASE_SECONDS))
+    router = ("--silence-seconds", "600")
+    prefill = ("--lease-seconds", str(LEASE_SECONDS), "--metrics-address", "127.0.0.1:0")
     with cluster(wandering_model, logs, router=router, prefill=prefill) as deployment:
         decoder = FaultyWorker(deployment, "decode", *FLOAT32, "--max-requests", "1")
         deployment.wait_workers("prefill", "decode")
@@ -37,7 +40,12 @@ def short_leases(
 
 
 def num_expired(deployment: Deployment) -> int:
-    return deployment.log_of(deployment.processes[1]).count("has expired")
+    """Of the leases of the prefill worker, by its metrics."""
+    [url] = re.findall(r"metrics on (\S+)", deployment.log_of(deployment.processes[1]))
+    with urlopen(url, timeout=DEADLINE_SECONDS) as answer:
+        metrics = answer.read().decode()
+    [count] = re.findall(r"^pdengine_kv_leases_expired_total (\S+)$", metrics, re.MULTILINE)
+    return int(float(count))
 
 
 def read_for(stream: Stream, seconds: float) -> None:

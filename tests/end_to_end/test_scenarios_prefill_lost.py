@@ -53,12 +53,15 @@ def test_prefill_is_killed_in_the_middle_of_a_pull_and_started_again_on_the_same
 ) -> None:
     """The decode worker lives on, the request is computed anew, and the next one finds the new process."""
     options, environment = path
-    bind = ("--bind", free_address())
+    # Small steps, so that the pull begins before the prompt is done.
+    own_options = ("--bind", free_address(), "--max-batch-tokens", "64")
     with Deployment(wandering_model, tmp_path) as deployment, ThreadPoolExecutor() as threads:
         deployment.start_router(options=("--heartbeat-seconds", "0.2", "--silence-seconds", "2"))
         decoder = FaultyWorker(deployment, "decode", *FLOAT32, *options, environment=environment)
         for number in range(rounds):
-            prefiller = deployment.start_worker("prefill", *FLOAT32, *options, *bind, environment=environment)
+            prefiller = deployment.start_worker(
+                "prefill", *FLOAT32, *options, *own_options, environment=environment
+            )
             deployment.wait_workers("prefill", "decode")
             check_healthy(deployment, undisturbed)
             with Client(deployment.client_address) as client:

@@ -24,7 +24,7 @@ from pdengine.cli.options import (
     worker_options,
 )
 from pdengine.engine.memory import available_memory, memory_bytes
-from pdengine.engine.worker_config import WorkerConfig
+from pdengine.engine.worker_config import StartupError, WorkerConfig
 from pdengine.models.hub import resolve_model
 from pdengine.router.router import Router, RouterConfig
 from pdengine.transport.messages import Role
@@ -62,16 +62,29 @@ def router(
 
 
 def worker_config(
-    role: Role, *, model: str, revision: str | None, kv_memory: str, config: Path | None, **options: Any
+    role: Role,
+    *,
+    model: str,
+    revision: str | None,
+    device: str,
+    kv_memory: str | None,
+    config: Path | None,
+    **options: Any,
 ) -> WorkerConfig:
     """The configuration that the options of a worker's command stand for.
 
     Raises CheckpointError if there is no such model, StartupError for options that do not go.
     """
+    if kv_memory is not None and kv_memory.endswith("%") and device != "cpu":
+        raise StartupError(
+            f"--kv-memory {kv_memory} is a share of the host's memory; on device {device} give a size, or a "
+            f"share by --gpu-memory-utilization"
+        )
     return WorkerConfig(
         role=role,
         model_directory=resolve_model(model, revision=revision or None),
-        kv_memory=memory_bytes(kv_memory, available_memory()),
+        device=device,
+        kv_memory=None if kv_memory is None else memory_bytes(kv_memory, available_memory()),
         **options,
     )
 

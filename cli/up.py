@@ -89,17 +89,33 @@ def worker_arguments(ctx: click.Context) -> list[str]:
 def _planned_arguments(ctx: click.Context, directory: Path, counts: dict[Role, int]) -> dict[Role, list[str]]:
     """The arguments of the workers of each role, with their KV memory in bytes.
 
-    A share is turned into bytes once, because what is available changes while other workers load. Raises
-    StartupError if the workers do not fit into the memory together.
+    A share of the host's memory is turned into bytes once, because what is available changes while other
+    workers load. Raises StartupError if the workers do not fit into it together.
     """
     available, model = available_memory(), load_config(directory)
+    configs = dict(_configs(ctx, directory, counts))
     plans, arguments = [], {}
-    for role, config in _configs(ctx, directory, counts):
-        plans += [plan_memory(config, model)] * counts[role]
-        arguments[role] = [*worker_arguments(ctx), "--kv-memory", f"{config.kv_memory}B"]
+    for role, config in configs.items():
+        arguments[role] = worker_arguments(ctx)
+        if config.kv_memory is not None:
+            arguments[role] += ["--kv-memory", f"{config.kv_memory}B"]
+        if config.is_on_gpu:
+            arguments[role] += ["--gpu-memory-utilization", str(gpu_share(role, configs, counts))]
+        else:
+            plans += [plan_memory(config, model)] * counts[role]
     if plans:
         check_memory(plans, available)
     return arguments
+
+
+def gpu_share(role: Role, configs: dict[Role, WorkerConfig], counts: dict[Role, int]) -> float:
+    """The share of its GPU for a worker of `role`: what it would take alone, unless those on that GPU ask for
+    more than the whole; then that is divided by their number."""
+    device = configs[role].device.removesuffix(":0")
+    neighbours = [other for other in configs if configs[other].device.removesuffix(":0") == device]
+    asked = sum(counts[other] * configs[other].gpu_memory_utilization for other in neighbours)
+    share = configs[role].gpu_memory_utilization
+    return share if asked <= 1 else share / sum(counts[other] for other in neighbours)
 
 
 def _configs(

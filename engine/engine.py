@@ -172,6 +172,7 @@ class Engine:
             self._events.append(StepTokens(updates))
 
     def _grant_lease(self, sequence: Sequence) -> KVLease:
+        # Peers may read from here on: the runner has read the step's tokens, so all its kernels have ended.
         block_ids, num_tokens = sequence.block_ids, sequence.num_computed
         lease_id = self._scheduler.lease(sequence)
         return KVLease(lease_id, self._engine_id, block_ids, num_tokens, self._lease_duration)

@@ -6,10 +6,12 @@ from math import prod
 import torch
 from torch import Tensor
 
+from pdengine.engine.device_memory import CudaContext, DeviceMemory
 from pdengine.models.config import ModelConfig
 from pdengine.transport.regions import RegionDescriptor, describe_region
 
 DIMENSIONS = ("block", "kv_head", "layer", "kv", "token", "dim")
+CPU = torch.device("cpu")
 MAP_NORESERVE = 0x4000  # <linux/mman.h>; the mmap module has no name for it before Python 3.13
 LAYOUT = "/".join(DIMENSIONS)  # compared between workers: a change of layout is a change of this name
 
@@ -18,15 +20,23 @@ class KVCache:
     """A pool `[num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim]`, 2 = K, V.
 
     A block is contiguous over all layers, so that one read moves it; heads come first inside a block, so that
-    a peer with another tensor-parallel degree can read its slice of heads as one piece. The memory is mapped
-    lazily: pages that no sequence ever used cost nothing.
+    a peer with another tensor-parallel degree can read its slice of heads as one piece. Host memory is mapped
+    lazily: pages that no sequence ever used cost nothing. GPU memory is taken at once, and its contents are
+    undefined. Raises CudaError if there is too little of it.
     """
 
-    def __init__(self, model: ModelConfig, *, num_blocks: int, block_size: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device = CPU,
+    ) -> None:
         sizes = (num_blocks, model.num_kv_heads, model.num_layers, 2, block_size, model.head_dim)
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-        memory = mmap.mmap(-1, prod(sizes) * dtype.itemsize, flags=flags)
-        self.pool: Tensor = torch.frombuffer(memory, dtype=dtype).view(sizes)
+        memory = _allocate(prod(sizes) * dtype.itemsize, device)
+        self.pool: Tensor = memory.view(dtype).view(sizes)
         self.block_size = block_size
 
     def describe(self) -> RegionDescriptor:
@@ -38,6 +48,15 @@ class KVCache:
             dtype=dtype_name(self.pool.dtype),
             base_address=self.pool.data_ptr(),
         )
+
+
+def _allocate(num_bytes: int, device: torch.device) -> Tensor:
+    """[num_bytes] uint8 that peers can map or read."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return DeviceMemory(CudaContext(index), num_bytes).tensor(torch.device("cuda", index))
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    return torch.frombuffer(mmap.mmap(-1, num_bytes, flags=flags), dtype=torch.uint8)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

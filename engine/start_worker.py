@@ -15,21 +15,39 @@ import torch
 import zmq.asyncio
 
 from pdengine.engine.block_pool import BlockPool
+from pdengine.engine.device_memory import CudaContext
+from pdengine.engine.devices import open_device
 from pdengine.engine.engine import Engine
+from pdengine.engine.gpu_memory import (
+    TRIAL_BLOCKS,
+    describe_gpu_use,
+    largest_step,
+    measure_gpu_use,
+    plan_gpu_memory,
+)
 from pdengine.engine.kv_cache import LAYOUT, KVCache, dtype_name
-from pdengine.engine.memory import available_memory, check_memory, format_bytes, plan_memory
+from pdengine.engine.memory import (
+    MemoryPlan,
+    available_memory,
+    check_memory,
+    check_weights,
+    format_bytes,
+    plan_memory,
+)
 from pdengine.engine.pulls import Pulls
 from pdengine.engine.runner import Runner
 from pdengine.engine.scheduler import Scheduler, SchedulerConfig
 from pdengine.engine.worker import Worker, WorkerParts
 from pdengine.engine.worker_config import StartupError, WorkerConfig
-from pdengine.models.config import load_config
+from pdengine.models.config import ModelConfig, load_config
+from pdengine.models.decoder import Decoder
 from pdengine.models.fingerprint import model_fingerprint, weights_fingerprint
 from pdengine.models.weights import load_decoder
 from pdengine.transport.messages import PROTOCOL_VERSION, Compatibility, PeerDescriptor, PeerRequest
 from pdengine.transport.sockets import ServerSocket, check_address, split_tcp_address
 from pdengine.transport.transfer import TransferEvent
-from pdengine.transport.ucx_transfer import UcxTransfer
+from pdengine.transport.ucx_loop import WARM_UP_BYTES
+from pdengine.transport.ucx_transfer import CudaPool, UcxTransfer
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +63,8 @@ def run_worker(config: WorkerConfig, *, progress: Callable[[int, int], None] | N
     check_address(config.router_address)
     model_config = load_config(config.model_directory)
     dtype = DTYPES[config.dtype or model_config.dtype]
-    plan, available = plan_memory(config, model_config), available_memory()
-    check_memory([plan], available)
-    num_blocks = plan.num_blocks
+    device = open_device(config.device)
+    _check_room(config, model_config, device)
     context = zmq.asyncio.Context()
     peer_server = ServerSocket[PeerRequest](context, PeerRequest)
     control_address = _advertised(peer_server.bind(config.bind_address), config.advertise_address)
@@ -59,7 +76,9 @@ def run_worker(config: WorkerConfig, *, progress: Callable[[int, int], None] | N
     died: Future[None] = Future()  # also if a thread dies before there is a worker
 
     host, _ = split_tcp_address(control_address)
-    transfer = UcxTransfer(deliver=deliver, on_fatal=died.set_exception, advertise_host=host)
+    transfer = UcxTransfer(
+        deliver=deliver, on_fatal=died.set_exception, advertise_host=host, cuda=_cuda_pool(device)
+    )
     compatibility = Compatibility(
         protocol=PROTOCOL_VERSION,
         model=model_fingerprint(config.model_directory),
@@ -69,10 +88,11 @@ def run_worker(config: WorkerConfig, *, progress: Callable[[int, int], None] | N
         layout=LAYOUT,
         ucx=transfer.version,
     )
-    device = torch.device(config.device)
-    logger.info("%s, %s available before", plan.describe(), format_bytes(available))
     model = load_decoder(config.model_directory, model_config, dtype=dtype, device=device, progress=progress)
-    kv_cache = KVCache(model_config, num_blocks=num_blocks, block_size=config.block_size, dtype=dtype)
+    num_blocks = _plan(config, model, dtype, device).num_blocks
+    kv_cache = KVCache(
+        model_config, num_blocks=num_blocks, block_size=config.block_size, dtype=dtype, device=device
+    )
     descriptor = PeerDescriptor(
         engine_id=uuid4().hex,
         role=config.role,
@@ -108,6 +128,40 @@ def run_worker(config: WorkerConfig, *, progress: Callable[[int, int], None] | N
     )
     asyncio.run(_serve(worker))
     context.destroy()
+
+
+def _check_room(config: WorkerConfig, model: ModelConfig, device: torch.device) -> None:
+    """Raise StartupError if it is sure before anything is loaded that the memory is too small."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        check_weights(config, model, free)
+        return
+    plan, available = plan_memory(config, model), available_memory()
+    check_memory([plan], available)
+    logger.info("%s, %s available before", plan.describe(), format_bytes(available))
+
+
+def _plan(config: WorkerConfig, model: Decoder, dtype: torch.dtype, device: torch.device) -> MemoryPlan:
+    """The size of the KV cache; on a GPU by trying how much memory a step takes. Raises StartupError."""
+    if device.type == "cpu":
+        return plan_memory(config, model.config)
+    trial = KVCache(
+        model.config, num_blocks=TRIAL_BLOCKS, block_size=config.block_size, dtype=dtype, device=device
+    )
+    trial.pool.zero_()
+    runner, chunks = Runner(model, trial, device), largest_step(config, model.config)
+    logger.info("trying a step of %d sequences, which compiles the kernels", len(chunks))
+    use = measure_gpu_use(device, lambda: runner.run(chunks))
+    plan = plan_gpu_memory(config, model.config, use)
+    logger.info("%s", describe_gpu_use(plan, use))
+    return plan
+
+
+def _cuda_pool(device: torch.device) -> CudaPool | None:
+    if device.type == "cpu":
+        return None
+    context = CudaContext(device.index)
+    return CudaPool(context.make_current, context.allocate(WARM_UP_BYTES))  # in use until the process ends
 
 
 async def _serve(worker: Worker) -> None:

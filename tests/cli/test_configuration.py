@@ -46,15 +46,17 @@ def refusal(content: str, tmp_path: Path) -> str:
     return line.removeprefix(f"Error: {path}: ")
 
 
-def sample(option: click.Option) -> str | int:
+def sample(option: click.Option) -> str | float:
     """A value that the option takes and that is not its default."""
     if isinstance(option.type, click.types.IntParamType):
         return 7
+    if isinstance(option.type, click.types.FloatParamType):
+        return 0.7
     return "7%" if option.name == "kv_memory" else "some-text"
 
 
-def toml(table: str, key: str, value: str | int) -> str:
-    quoted = value if isinstance(value, int) else f'"{value}"'
+def toml(table: str, key: str, value: str | float) -> str:
+    quoted = f'"{value}"' if isinstance(value, str) else value
     return f"[{table}]\n{key} = {quoted}\n" if table else f"{key} = {quoted}\n"
 
 
@@ -221,4 +223,4 @@ def test_an_empty_revision_overrides_the_one_of_the_environment(monkeypatch: pyt
     with click.Context(main) as root, main.commands["decode"].make_context("decode", arguments, root) as ctx:
         config = worker_config("decode", **ctx.params)
     assert config.model_directory == checkpoint_directory()
-    assert config.kv_memory == 4 * 2**30
+    assert config.kv_memory is None

@@ -24,11 +24,26 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def describe_gpu() -> dict[str, Any]:
+    """torch and its GPU, `{}` without one. For benchmarks that have imported torch anyway."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "gpu_memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
+
+
 def write_result(name: str, figures: dict[str, Any], path: Path | None = None) -> Path:
     """Write the figures and the machine as JSON, by default to `bench/results/<name>.json`; the path."""
-    if path is None:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{name}.json"
+    path = path or RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     taken_at = datetime.now(UTC).isoformat(timespec="seconds")
     result = {"name": name, "taken_at": taken_at, "machine": describe_machine(), **figures}
     path.write_text(json.dumps(result, indent=2) + "\n")

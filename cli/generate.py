@@ -23,6 +23,21 @@ from pdengine.models.hub import resolve_model
 @click.option("--revision", help="With --model: branch, tag or commit of a model on the hub.")
 @click.option("--max-tokens", type=int, default=128, show_default=True)
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=int, default=0, show_default=True, help="Sample among the k likeliest; 0: all.")
+@click.option(
+    "--top-p",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Sample among the likeliest that together have this probability.",
+)
+@click.option(
+    "--min-p",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Sample among those with at least this share of the likeliest one's probability.",
+)
 @click.option("--chat", is_flag=True, help="Put the prompt into the checkpoint's chat template.")
 @click.option("--stream/--no-stream", default=True, show_default=True, help="Print tokens as they come.")
 def generate(
@@ -32,6 +47,9 @@ def generate(
     revision: str | None,
     max_tokens: int,
     temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
     chat: bool,
     stream: bool,
 ) -> None:
@@ -47,7 +65,14 @@ def generate(
             router_address = cluster.client_address
         client = stack.enter_context(Client(router_address or DEFAULT_ADDRESS))
         try:
-            answer = client.stream(question, max_tokens=max_tokens, temperature=temperature)
+            answer = client.stream(
+                question,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+            )
         except ValueError as error:  # text that is not Unicode, a number beyond 64 bits
             raise click.ClickException(str(error)) from error
         stack.enter_context(answer)

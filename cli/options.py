@@ -13,7 +13,7 @@ from pdengine.cli.cluster import ChildDied
 from pdengine.cli.config_file import ENVIRONMENT_PREFIX, config_option
 from pdengine.client import GenerateError
 from pdengine.engine.memory import memory_bytes
-from pdengine.engine.worker_config import StartupError
+from pdengine.engine.worker_config import GPU_MEMORY_UTILIZATION, StartupError
 from pdengine.models.chat_template import ChatTemplateError
 from pdengine.models.checkpoint import CheckpointError
 from pdengine.transport.sockets import AddressError
@@ -76,14 +76,20 @@ client_address_option = option(
 def worker_options(function: Function) -> Function:
     """What a worker can be told besides its role, its model and its addresses."""
     options = [
-        option("--device", default="cpu", help="cpu; cuda:N is not supported yet."),
+        option("--device", default="cpu", help="cpu, cuda (the first GPU) or cuda:N."),
         option("--dtype", help="float32, bfloat16 or float16; by default the checkpoint's."),
         option(
             "--kv-memory",
             metavar="SIZE",
             type=memory_size,
-            default="4GiB",
-            help="KV cache of one worker: a size, or a share such as 40% of the available memory.",
+            help="KV cache of one worker: a size, or on a CPU a share such as 40% of the available memory. "
+            "By default 4GiB on a CPU, and on a GPU what --gpu-memory-utilization leaves.",
+        ),
+        option(
+            "--gpu-memory-utilization",
+            type=click.FloatRange(0, 1, min_open=True),
+            default=GPU_MEMORY_UTILIZATION,
+            help="Share of the GPU's memory for one worker: its weights, its steps and its KV cache.",
         ),
         option("--block-size", type=int, default=16, help="Tokens per KV block."),
         option("--max-batch-tokens", type=int, default=2048, help="Tokens per engine step."),

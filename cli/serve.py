@@ -25,7 +25,7 @@ from pdengine.cli.options import (
     worker_options,
 )
 from pdengine.engine.memory import available_memory, memory_bytes
-from pdengine.engine.worker_config import WorkerConfig
+from pdengine.engine.worker_config import StartupError, WorkerConfig
 from pdengine.models.hub import resolve_model
 from pdengine.router.router import OnFailure, Router, RouterConfig, TransferMode
 from pdengine.transport.messages import Role
@@ -114,7 +114,8 @@ def worker_config(
     *,
     model: str,
     revision: str | None,
-    kv_memory: str,
+    device: str,
+    kv_memory: str | None,
     metrics_address: str | None,
     config: Path | None,
     **options: Any,
@@ -123,10 +124,16 @@ def worker_config(
 
     Raises CheckpointError if there is no such model, StartupError or AddressError for options that do not go.
     """
+    if kv_memory is not None and kv_memory.endswith("%") and device != "cpu":
+        raise StartupError(
+            f"--kv-memory {kv_memory} is a share of the host's memory; on device {device} give a size, or a "
+            f"share by --gpu-memory-utilization"
+        )
     return WorkerConfig(
         role=role,
         model_directory=resolve_model(model, revision=revision or None),
-        kv_memory=memory_bytes(kv_memory, available_memory()),
+        device=device,
+        kv_memory=None if kv_memory is None else memory_bytes(kv_memory, available_memory()),
         metrics_address=metrics_address or None,
         **options,
     )

@@ -105,16 +105,32 @@ def _configs(ctx: click.Context, directory: Path, counts: dict[Role, int]) -> li
 def _planned_arguments(ctx: click.Context, configs: Sequence[WorkerConfig]) -> dict[Role, list[str]]:
     """The arguments of the workers of each role, with their KV memory in bytes.
 
-    A share is turned into bytes once, because what is available changes while other workers load. Raises
-    StartupError if the workers do not fit into the memory together.
+    A share of the host's memory is turned into bytes once, because what is available changes while other
+    workers load. Raises StartupError if the workers do not fit into it together.
     """
     available = available_memory()
-    if configs:
-        model = load_config(configs[0].model_directory)
-        check_memory([plan_memory(config, model) for config in configs], available)
-    return {
-        config.role: [*worker_arguments(ctx), "--kv-memory", f"{config.kv_memory}B"] for config in configs
-    }
+    on_host = [config for config in configs if not config.is_on_gpu]
+    if on_host:
+        model = load_config(on_host[0].model_directory)
+        check_memory([plan_memory(config, model) for config in on_host], available)
+    arguments = {}
+    for config in configs:
+        arguments[config.role] = worker_arguments(ctx)
+        if config.kv_memory is not None:
+            arguments[config.role] += ["--kv-memory", f"{config.kv_memory}B"]
+        if config.is_on_gpu:
+            arguments[config.role] += ["--gpu-memory-utilization", str(gpu_share(config, configs))]
+    return arguments
+
+
+def gpu_share(config: WorkerConfig, configs: Sequence[WorkerConfig]) -> float:
+    """The share of its GPU for this worker: what it would take alone, unless those on that GPU ask for more
+    than the whole; then that is divided by their number."""
+    device = config.device.removesuffix(":0")
+    neighbours = [other for other in configs if other.device.removesuffix(":0") == device]
+    asked = sum(other.gpu_memory_utilization for other in neighbours)
+    share = config.gpu_memory_utilization
+    return share if asked <= 1 else share / len(neighbours)
 
 
 def metrics_addresses(configs: Iterable[WorkerConfig]) -> list[str]:

@@ -2,13 +2,18 @@
 
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
+from itertools import chain
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
+from pdengine.engine.sampler import sampling_arrays
 from pdengine.engine.scheduler import Chunk
-from pdengine.engine.sequence import Sequence
+from pdengine.engine.sequence import Sequence, blocks_for
+from pdengine.engine.step_upload import Array, Upload
 from pdengine.triton_kernels.attention import AttentionBatch
+from pdengine.triton_kernels.kernels import SamplingBatch
 
 
 @dataclass(frozen=True)
@@ -20,47 +25,74 @@ class Batch:
     attention: AttentionBatch
     sampled: list[Sequence]  # sequences whose known tokens end in this batch: they get a next token
     sampled_rows: Tensor  # [len(sampled)] int64: row of the last token of each
+    sampling: SamplingBatch  # how each of them is drawn
 
 
-def build_batch(chunks: Sequence_[Chunk], block_size: int, device: torch.device) -> Batch:
+def build_batch(chunks: Sequence_[Chunk], block_size: int, upload: Upload) -> Batch:
     """Pack `chunks`, in order. Reads the sequences' tokens, blocks and num_computed; changes nothing."""
-    token_ids: list[int] = []
-    positions: list[int] = []
-    block_ids: list[int] = []
-    query_starts = [0]
-    context_lengths: list[int] = []
-    sampled: list[Sequence] = []
-    sampled_rows: list[int] = []
-    for chunk in chunks:
-        sequence = chunk.sequence
-        start, end = sequence.num_computed, sequence.num_computed + chunk.num_tokens
-        token_ids.extend(sequence.token_ids[start:end])
-        positions.extend(range(start, end))
-        block_ids.extend(sequence.block_ids[position // block_size] for position in range(start, end))
-        query_starts.append(len(token_ids))
-        context_lengths.append(end)
-        if chunk.samples:
-            sampled.append(sequence)
-            sampled_rows.append(len(token_ids) - 1)
-
-    def to_device(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
-    position_tensor = to_device(positions)
+    starts = np.array([chunk.sequence.num_computed for chunk in chunks], np.int64)
+    new_tokens = np.array([chunk.num_tokens for chunk in chunks], np.int64)
+    context_lengths = starts + new_tokens
+    query_starts = np.concatenate(([0], np.cumsum(new_tokens)))
+    rows = np.repeat(np.arange(len(chunks)), new_tokens)  # the sequence of each token
+    positions = np.arange(len(rows)) + (starts - query_starts[:-1])[rows]
+    block_tables = _block_tables(chunks, context_lengths.tolist(), block_size)
+    samples = np.array([chunk.samples for chunk in chunks], np.bool_)
+    sampled = [chunk.sequence for chunk in chunks if chunk.samples]
+    arrays: list[Array] = [
+        _token_ids(chunks, len(rows)),
+        positions,
+        block_tables[rows, positions // block_size],
+        positions % block_size,
+        block_tables,
+        query_starts,
+        context_lengths,
+        query_starts[1:][samples] - 1,
+        *sampling_arrays(sampled),
+    ]
+    (
+        token_ids,
+        position_tensor,
+        block_ids,
+        block_offsets,
+        block_table_tensor,
+        query_start_tensor,
+        context_length_tensor,
+        sampled_rows,
+        *sampling,
+    ) = upload(arrays)
     attention = AttentionBatch(
-        block_ids=to_device(block_ids),
-        block_offsets=position_tensor % block_size,
-        block_tables=_block_tables(chunks, context_lengths, block_size).to(device),
-        query_starts=to_device(query_starts),
-        context_lengths=to_device(context_lengths),
+        block_ids=block_ids,
+        block_offsets=block_offsets,
+        block_tables=block_table_tensor,
+        query_starts=query_start_tensor,
+        context_lengths=context_length_tensor,
+        query_starts_on_host=query_starts.tolist(),
+        context_lengths_on_host=context_lengths.tolist(),
+        num_decodes=_leading_single_tokens(chunks),
     )
-    return Batch(to_device(token_ids), position_tensor, attention, sampled, to_device(sampled_rows))
+    return Batch(token_ids, position_tensor, attention, sampled, sampled_rows, SamplingBatch(*sampling))
 
 
-def _block_tables(chunks: Sequence_[Chunk], context_lengths: list[int], block_size: int) -> Tensor:
-    """[sequences, blocks of the longest context] int64, padded with 0."""
-    used = [-(-length // block_size) for length in context_lengths]
-    tables = torch.zeros(len(chunks), max(used), dtype=torch.int64)
+def _token_ids(chunks: Sequence_[Chunk], num_tokens: int) -> npt.NDArray[np.int64]:
+    pieces = (
+        sequence.token_ids[sequence.num_computed : sequence.num_computed + count]
+        for sequence, count in chunks
+    )
+    return np.fromiter(chain.from_iterable(pieces), np.int64, count=num_tokens)
+
+
+def _leading_single_tokens(chunks: Sequence_[Chunk]) -> int:
+    """How many chunks of one token stand in front: the scheduler puts decoding sequences there."""
+    return next((index for index, chunk in enumerate(chunks) if chunk.num_tokens != 1), len(chunks))
+
+
+def _block_tables(
+    chunks: Sequence_[Chunk], context_lengths: list[int], block_size: int
+) -> npt.NDArray[np.int64]:
+    """[sequences, blocks of the longest context], padded with 0."""
+    used = [blocks_for(length, block_size) for length in context_lengths]
+    tables = np.zeros((len(chunks), max(used)), np.int64)
     for row, (chunk, num_blocks) in enumerate(zip(chunks, used, strict=True)):
-        tables[row, :num_blocks] = torch.tensor(chunk.sequence.block_ids[:num_blocks])
+        tables[row, :num_blocks] = chunk.sequence.block_ids[:num_blocks]
     return tables

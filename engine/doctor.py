@@ -23,14 +23,13 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from pdengine.engine.memory import available_memory, format_bytes
-from pdengine.engine.worker_config import WorkerConfig
+from pdengine.engine.worker_config import KV_MEMORY_ON_CPU
 from pdengine.transport.transfer import TransferError
-from pdengine.transport.ucx_library import INFINIBAND_DEVICES, UcxNotFound, choose_ucx, has_rdma
+from pdengine.transport.ucx_library import INFINIBAND_DEVICES, UcxNotFound, choose_ucx, has_cuda, has_rdma
 from pdengine.transport.ucx_settings import interface_addresses, interface_of
 
 LOOPBACK_HOST = "127.0.0.1"
 DEFAULT_PORTS = {5555: "clients", 5556: "workers"}
-DEFAULT_KV_MEMORY = WorkerConfig.kv_memory
 OLDEST_TORCH = (2, 11)
 OLDEST_SOUND_UCX = (1, 16)  # before, a forced close does not end every read
 TRIAL_SECONDS = 180.0  # the first one compiles the native loop
@@ -192,7 +191,7 @@ def rdma_finding(
 
 
 def check_ucx_cuda(libucp: Path) -> Iterator[Finding]:
-    if any((libucp.resolve().parent / "ucx").glob("libuct_cuda.so*")):
+    if has_cuda(libucp):
         yield Finding("libucp cuda", "ok", "built with CUDA support")
     else:
         yield Finding("libucp cuda", "ok", "built without CUDA support, which KV caches on GPUs would need")
@@ -258,7 +257,7 @@ def check_memory() -> Iterator[Finding]:
     available = available_memory()
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     detail = f"{format_bytes(available)} available to this process, {format_bytes(total)} in the machine"
-    if available < DEFAULT_KV_MEMORY:
+    if available < KV_MEMORY_ON_CPU:
         advice = "give each worker less, for instance --kv-memory 30%"
         yield Finding("memory", "warn", f"{detail}: too little for the default KV cache of 4 GiB", advice)
     else:

@@ -247,6 +247,7 @@ class Engine:
                 )
 
     def _grant_lease(self, sequence: Sequence) -> KVLease:
+        # Peers may read from here on: the runner has read the step's tokens, so all its kernels have ended.
         lease = self._lease_of(sequence, sequence.num_computed)
         self._scheduler.lease(sequence)
         self._metrics.request_ended("prefilled")

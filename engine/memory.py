@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PurePosixPath
 
-from pdengine.engine.worker_config import ITEM_BYTES, StartupError, WorkerConfig
+from pdengine.engine.worker_config import ITEM_BYTES, KV_MEMORY_ON_CPU, StartupError, WorkerConfig
 from pdengine.models.checkpoint import open_regular_file, weight_files
 from pdengine.models.config import ModelConfig
 from pdengine.models.safetensors_header import read_header
@@ -67,21 +67,22 @@ def format_bytes(num_bytes: int) -> str:
 
 
 def plan_memory(config: WorkerConfig, model: ModelConfig) -> MemoryPlan:
-    """What the worker will take, from its checkpoint's headers alone.
+    """What a worker on a CPU will take, from its checkpoint's headers alone.
 
     Raises StartupError if the KV memory has no room for one block, CheckpointError for damaged headers.
     """
     item_bytes = ITEM_BYTES[config.dtype or model.dtype]
+    kv_memory = KV_MEMORY_ON_CPU if config.kv_memory is None else config.kv_memory
     one = kv_block_bytes(model, block_size=config.block_size, item_bytes=item_bytes)
     plan = MemoryPlan(
         weight_bytes=weight_bytes(config.model_directory, model, item_bytes=item_bytes),
         block_bytes=one,
-        num_blocks=config.kv_memory // one,
+        num_blocks=kv_memory // one,
         block_size=config.block_size,
     )
     if plan.num_blocks < 1:
         raise StartupError(
-            f"KV memory of {config.kv_memory} bytes is too small for one block of {config.block_size} "
+            f"KV memory of {kv_memory} bytes is too small for one block of {config.block_size} "
             f"tokens, which takes {one} bytes"
         )
     return plan
@@ -100,6 +101,17 @@ def check_memory(plans: Sequence[MemoryPlan], available: int) -> None:
         f"{format_bytes(weights + pools)} together, but {format_bytes(available)} of memory is available; "
         + (f"--kv-memory can be at most {room // 2**20}MiB" if fits else "no --kv-memory is small enough")
     )
+
+
+def check_weights(config: WorkerConfig, model: ModelConfig, available: int) -> None:
+    """Raise StartupError unless the weights alone fit into `available` bytes of a GPU."""
+    item_bytes = ITEM_BYTES[config.dtype or model.dtype]
+    weights = weight_bytes(config.model_directory, model, item_bytes=item_bytes)
+    if weights > available:
+        raise StartupError(
+            f"the weights take {format_bytes(weights)}, but only {format_bytes(available)} are free on "
+            f"{config.device}"
+        )
 
 
 def kv_block_bytes(model: ModelConfig, *, block_size: int, item_bytes: int) -> int:

@@ -7,8 +7,8 @@ import torch
 
 from pdengine.engine.batch import build_batch
 from pdengine.engine.kv_cache import KVCache
-from pdengine.engine.sampler import sample
 from pdengine.engine.scheduler import Chunk
+from pdengine.engine.step_upload import upload_for
 from pdengine.models.decoder import Decoder
 
 
@@ -19,15 +19,20 @@ class Runner:
         self._model = model
         self._kv_cache = kv_cache
         self._device = device
+        self._upload = upload_for(device)
 
     @torch.inference_mode()
     def run(self, chunks: Sequence_[Chunk], after_layer: Callable[[int], None] | None = None) -> list[int]:
         """Compute `chunks`; the next token of each chunk that samples, in order. after_layer: see Decoder."""
-        batch = build_batch(chunks, self._kv_cache.block_size, self._device)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # every thread has one of its own; kernels are launched on it
+        batch = build_batch(chunks, self._kv_cache.block_size, self._upload)
         hidden = self._model(
             batch.token_ids, batch.positions, self._kv_cache.pool, batch.attention, after_layer
         )
         if not batch.sampled:
             return []
         logits = self._model.logits(hidden[batch.sampled_rows])
-        return sample(logits, batch.sampled)
+        # The one place that waits for the device: after it, all that the step has stored is in memory.
+        token_ids: list[int] = self._model.kernels.sample(logits, batch.sampling).tolist()
+        return token_ids

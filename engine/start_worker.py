@@ -15,9 +15,25 @@ import torch
 import zmq.asyncio
 
 from pdengine.engine.block_pool import BlockPool
+from pdengine.engine.device_memory import CudaContext
+from pdengine.engine.devices import open_device
 from pdengine.engine.engine import Engine
+from pdengine.engine.gpu_memory import (
+    TRIAL_BLOCKS,
+    describe_gpu_use,
+    largest_step,
+    measure_gpu_use,
+    plan_gpu_memory,
+)
 from pdengine.engine.kv_cache import LAYOUT, KVCache, dtype_name
-from pdengine.engine.memory import available_memory, check_memory, format_bytes, plan_memory
+from pdengine.engine.memory import (
+    MemoryPlan,
+    available_memory,
+    check_memory,
+    check_weights,
+    format_bytes,
+    plan_memory,
+)
 from pdengine.engine.metrics import WorkerMetrics
 from pdengine.engine.metrics_server import MetricsServer
 from pdengine.engine.pulls import Pulls
@@ -26,13 +42,16 @@ from pdengine.engine.runner import Runner
 from pdengine.engine.scheduler import Scheduler, SchedulerConfig
 from pdengine.engine.worker import Worker, WorkerParts
 from pdengine.engine.worker_config import StartupError, WorkerConfig
-from pdengine.models.config import load_config
+from pdengine.models.config import ModelConfig, load_config
+from pdengine.models.decoder import Decoder
 from pdengine.models.fingerprint import model_fingerprint, weights_fingerprint
 from pdengine.models.weights import load_decoder
 from pdengine.transport.messages import PROTOCOL_VERSION, Compatibility, PeerDescriptor, PeerRequest
 from pdengine.transport.sockets import ServerSocket, check_address, split_tcp_address
 from pdengine.transport.transfer import TransferEvent
 from pdengine.transport.two_path_transfer import TwoPathTransfer
+from pdengine.transport.ucx_loop import WARM_UP_BYTES
+from pdengine.transport.ucx_transfer import CudaPool
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +67,8 @@ def run_worker(config: WorkerConfig, *, progress: Callable[[int, int], None] | N
     check_address(config.router_address)
     model_config = load_config(config.model_directory)
     dtype = DTYPES[config.dtype or model_config.dtype]
-    plan, available = plan_memory(config, model_config), available_memory()
-    check_memory([plan], available)
-    num_blocks = plan.num_blocks
+    device = open_device(config.device)
+    _check_room(config, model_config, device)
     metrics = WorkerMetrics()
     if config.metrics_address is not None:
         logger.info("metrics on %s/metrics", MetricsServer(config.metrics_address, metrics).url)
@@ -66,7 +84,11 @@ def run_worker(config: WorkerConfig, *, progress: Callable[[int, int], None] | N
 
     host, _ = split_tcp_address(control_address)
     transfer = TwoPathTransfer(
-        deliver=deliver, on_fatal=died.set_exception, advertise_host=host, same_host=config.same_host
+        deliver=deliver,
+        on_fatal=died.set_exception,
+        advertise_host=host,
+        same_host=config.same_host if device.type == "cpu" else "ucx",
+        cuda=_cuda_pool(device),
     )
     metrics.watch_progress_gaps(transfer.ucx.progress_gaps)
     compatibility = Compatibility(
@@ -78,10 +100,11 @@ def run_worker(config: WorkerConfig, *, progress: Callable[[int, int], None] | N
         layout=LAYOUT,
         ucx=transfer.version,
     )
-    device = torch.device(config.device)
-    logger.info("%s, %s available before", plan.describe(), format_bytes(available))
     model = load_decoder(config.model_directory, model_config, dtype=dtype, device=device, progress=progress)
-    kv_cache = KVCache(model_config, num_blocks=num_blocks, block_size=config.block_size, dtype=dtype)
+    num_blocks = _plan(config, model, dtype, device).num_blocks
+    kv_cache = KVCache(
+        model_config, num_blocks=num_blocks, block_size=config.block_size, dtype=dtype, device=device
+    )
     descriptor = PeerDescriptor(
         engine_id=uuid4().hex,
         role=config.role,
@@ -121,6 +144,40 @@ def run_worker(config: WorkerConfig, *, progress: Callable[[int, int], None] | N
     )
     asyncio.run(_serve(worker))
     context.destroy()
+
+
+def _check_room(config: WorkerConfig, model: ModelConfig, device: torch.device) -> None:
+    """Raise StartupError if it is sure before anything is loaded that the memory is too small."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        check_weights(config, model, free)
+        return
+    plan, available = plan_memory(config, model), available_memory()
+    check_memory([plan], available)
+    logger.info("%s, %s available before", plan.describe(), format_bytes(available))
+
+
+def _plan(config: WorkerConfig, model: Decoder, dtype: torch.dtype, device: torch.device) -> MemoryPlan:
+    """The size of the KV cache; on a GPU by trying how much memory a step takes. Raises StartupError."""
+    if device.type == "cpu":
+        return plan_memory(config, model.config)
+    trial = KVCache(
+        model.config, num_blocks=TRIAL_BLOCKS, block_size=config.block_size, dtype=dtype, device=device
+    )
+    trial.pool.zero_()
+    runner, chunks = Runner(model, trial, device), largest_step(config, model.config)
+    logger.info("trying a step of %d sequences, which compiles the kernels", len(chunks))
+    use = measure_gpu_use(device, lambda: runner.run(chunks))
+    plan = plan_gpu_memory(config, model.config, use)
+    logger.info("%s", describe_gpu_use(plan, use))
+    return plan
+
+
+def _cuda_pool(device: torch.device) -> CudaPool | None:
+    if device.type == "cpu":
+        return None
+    context = CudaContext(device.index)
+    return CudaPool(context.make_current, context.allocate(WARM_UP_BYTES))  # in use until the process ends
 
 
 async def _serve(worker: Worker) -> None:

@@ -1,5 +1,6 @@
 """What a worker is told at start-up, resolved and checked before anything is loaded."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -9,6 +10,9 @@ from pdengine.transport.sockets import AddressError, split_tcp_address
 from pdengine.transport.transfer import SameHost
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of the dtypes that a worker computes in
+KV_MEMORY_ON_CPU = 4 * 2**30  # bytes, where nothing is said
+GPU_MEMORY_UTILIZATION = 0.9
+GPU_BLOCK_SIZES = (16, 32, 64, 128, 256)  # tokens; what the attention kernels have tiles for
 
 
 class StartupError(ValueError):
@@ -18,11 +22,13 @@ class StartupError(ValueError):
 @dataclass(frozen=True)
 class WorkerConfig:
     """bind_address: where other workers reach this one; port 0 is any free one. advertise_address: what they
-    are told instead, where the two differ. dtype: None is the checkpoint's own. kv_memory: bytes of the KV
-    cache. lease_seconds: how long a prompt's KV cache outlives its last renewal. pinned_share: of the pool,
-    for prompts computed for other workers. pull_seconds: after that a pull is given up. drain_seconds: what
-    SIGTERM leaves to requests in flight. metrics_address: HOST:PORT of metrics and probes, if any. same_host:
-    how the KV cache moves to and from workers on this host.
+    are told instead, where the two differ. device: cpu, cuda (the first GPU) or cuda:N. dtype: None is the
+    checkpoint's own. kv_memory: bytes of the KV cache; None is 4 GiB on a CPU, and on a GPU what the weights
+    and a step leave of gpu_memory_utilization, this worker's share of the GPU's memory. lease_seconds: how
+    long a prompt's KV cache outlives its last renewal. pinned_share: of the pool, for prompts computed for
+    other workers. pull_seconds: after that a pull is given up. drain_seconds: what SIGTERM leaves to requests
+    in flight. metrics_address: HOST:PORT of metrics and probes, if any. same_host: how the KV cache moves to
+    and from workers on this host.
     """
 
     role: Role
@@ -32,7 +38,8 @@ class WorkerConfig:
     advertise_address: str | None = None
     device: str = "cpu"
     dtype: str | None = None
-    kv_memory: int = 4 * 2**30
+    kv_memory: int | None = None
+    gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION
     block_size: int = 16
     max_batch_tokens: int = 2048
     max_requests: int = 64
@@ -43,13 +50,24 @@ class WorkerConfig:
     metrics_address: str | None = None
     same_host: SameHost = "mapping"
 
+    @property
+    def is_on_gpu(self) -> bool:
+        return self.device != "cpu"
+
     def __post_init__(self) -> None:
-        if self.device != "cpu":
-            raise StartupError(f"device {self.device!r} is not supported yet; the one that is: cpu")
+        if re.fullmatch(r"cpu|cuda(:\d{1,3})?", self.device) is None:
+            raise StartupError(f"device {self.device!r} is none of cpu, cuda and cuda:N")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise StartupError(
+                f"GPU memory utilization {self.gpu_memory_utilization:g} must be above 0 and at most 1"
+            )
         if self.dtype is not None and self.dtype not in ITEM_BYTES:
             raise StartupError(f"dtype {self.dtype!r} is not supported; these are: {', '.join(ITEM_BYTES)}")
         if self.block_size < 1:
             raise StartupError(f"block size {self.block_size} must be at least 1")
+        if self.is_on_gpu and self.block_size not in GPU_BLOCK_SIZES:
+            sizes = ", ".join(map(str, GPU_BLOCK_SIZES))
+            raise StartupError(f"block size {self.block_size} is not supported on a GPU; these are: {sizes}")
         if self.max_batch_tokens < 1:
             raise StartupError(f"max batch tokens {self.max_batch_tokens} must be at least 1")
         if self.max_requests < 1:

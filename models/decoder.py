@@ -12,22 +12,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pdengine.models.config import ModelConfig
-from pdengine.models.rope import apply_rope, inverse_frequencies, rope_cos_sin
-from pdengine.triton_kernels.attention import AttentionBatch, paged_attention, store_kv
+from pdengine.models.rope import inverse_frequencies, rope_cos_sin
+from pdengine.triton_kernels.attention import AttentionBatch
+from pdengine.triton_kernels.kernels import Kernels, kernels_for
 
 
 class Decoder(nn.Module):
     """The whole model: token ids in, logits out.
 
-    `dtype` is that of the projections and embeddings; norm weights are always float32. Call it under
-    `torch.inference_mode()`.
+    `dtype` is that of the projections and embeddings; norm weights are always float32. `kernels` are those of
+    the device that the model runs on, by default a CPU. Call it under `torch.inference_mode()`.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype = torch.float32, kernels: Kernels | None = None
+    ) -> None:
         super().__init__()
+        if kernels is None:
+            kernels = kernels_for(torch.device("cpu"))
         self.config = config
+        self.kernels = kernels
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
-        self.layers = nn.ModuleList(DecoderLayer(config, index, dtype) for index in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, index, dtype, kernels) for index in range(config.num_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head: Linear | None = None  # tied models use embed_tokens instead
         if not config.tie_word_embeddings:
@@ -50,42 +58,61 @@ class Decoder(nn.Module):
         `[tokens, hidden_size]` float32, for `logits`.
         """
         cos, sin = rope_cos_sin(positions, self.inverse_frequencies, self.config.rope.attention_factor)
-        hidden: Tensor = self.embed_tokens(token_ids).to(torch.float32)
+        residual: Tensor = self.embed_tokens(token_ids).to(torch.float32)
+        update: Tensor | None = None
         for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, cos, sin, kv_pool, batch)
+            residual, update = layer(residual, update, cos, sin, kv_pool, batch)
             if after_layer is not None:
                 after_layer(index)
-        return hidden
+        return residual if update is None else residual + update
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`hidden` `[rows, hidden_size]` as `forward` returned it -> `[rows, vocab_size]` float32."""
         weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        logits: Tensor = F.linear(self.norm(hidden).to(weight.dtype), weight).to(torch.float32)
-        return logits
+        _, normed = self.kernels.add_rms_norm(hidden, None, self.norm.weight, self.norm.eps, weight.dtype)
+        return F.linear(normed, weight).to(torch.float32)
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig, index: int, dtype: torch.dtype) -> None:
+    """Attention and MLP, each with its norm.
+
+    What a part adds to the residual stream is handed on as `update`: the next norm adds it in passing.
+    """
+
+    def __init__(self, config: ModelConfig, index: int, dtype: torch.dtype, kernels: Kernels) -> None:
         super().__init__()
+        self.kernels = kernels
         self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, index, dtype)
+        self.attention = Attention(config, index, dtype, kernels)
         self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config, dtype)
+        self.mlp = MLP(config, dtype, kernels)
 
     def forward(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, kv_pool: Tensor, batch: AttentionBatch
-    ) -> Tensor:
-        # hidden: [tokens, hidden_size] float32
-        hidden = hidden + self.attention(self.input_norm(hidden), cos, sin, kv_pool, batch)
-        hidden = hidden + self.mlp(self.post_attention_norm(hidden))
-        return hidden
+        self,
+        residual: Tensor,
+        update: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        kv_pool: Tensor,
+        batch: AttentionBatch,
+    ) -> tuple[Tensor, Tensor]:
+        # residual: [tokens, hidden_size] float32, changed; update: the same shape, of the projections' dtype
+        residual, normed = self._add_norm(residual, update, self.input_norm)
+        update = self.attention(normed, cos, sin, kv_pool, batch)
+        residual, normed = self._add_norm(residual, update, self.post_attention_norm)
+        return residual, self.mlp(normed)
+
+    def _add_norm(self, residual: Tensor, update: Tensor | None, norm: "RMSNorm") -> tuple[Tensor, Tensor]:
+        dtype = self.mlp.down_proj.weight.dtype
+        return self.kernels.add_rms_norm(residual, update, norm.weight, norm.eps, dtype)
 
 
 class Attention(nn.Module):
     """Grouped-query attention over the paged KV cache (arXiv 2305.13245)."""
 
-    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype, kernels: Kernels) -> None:
         super().__init__()
+        self.kernels = kernels
         self.layer = layer
         self.head_dim = config.head_dim
         self.head_counts = (config.num_heads, config.num_kv_heads, config.num_kv_heads)  # q, k, v
@@ -97,6 +124,7 @@ class Attention(nn.Module):
         self.output_proj = Linear(
             attention_size, config.hidden_size, bias=config.attention_output_bias, dtype=dtype
         )
+        self.norm_eps = config.rms_norm_eps
         self.query_norm: RMSNorm | None = None
         self.key_norm: RMSNorm | None = None
         if config.qk_norm:
@@ -106,15 +134,18 @@ class Attention(nn.Module):
     def forward(
         self, normed: Tensor, cos: Tensor, sin: Tensor, kv_pool: Tensor, batch: AttentionBatch
     ) -> Tensor:
-        dtype = self.qkv_proj.weight.dtype
-        qkv = self.qkv_proj(normed.to(dtype)).view(normed.shape[0], -1, self.head_dim)
-        query, key, value = qkv.split(self.head_counts, dim=1)  # each [tokens, its heads, head_dim]
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        if self.uses_rope:
-            query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
-        store_kv(kv_pool, self.layer, key.to(dtype), value, batch)
-        attended = paged_attention(query.to(dtype), kv_pool, self.layer, batch, self.scale)
+        query = self.kernels.rotate_and_store(
+            self.qkv_proj(normed).view(normed.shape[0], -1, self.head_dim),
+            cos if self.uses_rope else None,
+            sin if self.uses_rope else None,
+            None if self.query_norm is None else self.query_norm.weight,
+            None if self.key_norm is None else self.key_norm.weight,
+            self.norm_eps,
+            kv_pool,
+            self.layer,
+            batch,
+        )  # [tokens, heads, head_dim]
+        attended = self.kernels.paged_attention(query, kv_pool, self.layer, batch, self.scale)
         output: Tensor = self.output_proj(attended.flatten(1))
         return output
 
@@ -122,8 +153,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU feed-forward (arXiv 2002.05202)."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, kernels: Kernels) -> None:
         super().__init__()
+        self.kernels = kernels
         self.gate_up_proj = Linear(
             config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias, dtype=dtype
         )
@@ -132,22 +164,17 @@ class MLP(nn.Module):
         )
 
     def forward(self, normed: Tensor) -> Tensor:
-        dtype = self.gate_up_proj.weight.dtype
-        gate, up = self.gate_up_proj(normed.to(dtype)).chunk(2, dim=-1)
-        output: Tensor = self.down_proj((F.silu(gate.to(torch.float32)) * up).to(dtype))
+        output: Tensor = self.down_proj(self.kernels.silu_multiply(self.gate_up_proj(normed)))
         return output
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm (arXiv 1910.07467) over the last dimension, float32 in and out."""
+    """The parameters of a root-mean-square norm (arXiv 1910.07467); `Kernels` computes it."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size, dtype=torch.float32))
         self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.to(torch.float32), self.weight.shape, self.weight, self.eps)
 
 
 class Linear(nn.Linear):

@@ -1,4 +1,4 @@
-"""Rotary position embeddings (RoFormer, arXiv 2104.09864), in float32 whatever the model's dtype."""
+"""Angles of rotary position embeddings (RoFormer, arXiv 2104.09864), float32 whatever the model's dtype."""
 
 import math
 
@@ -68,13 +68,3 @@ def rope_cos_sin(positions: Tensor, frequencies: Tensor, scale: float = 1.0) -> 
     """cos and sin, times `scale`, for `positions` `[tokens]`: each `[tokens, 1, rotary_dim / 2]` float32."""
     angles = (positions.to(torch.float32).unsqueeze(1) * frequencies).unsqueeze(1)
     return angles.cos() * scale, angles.sin() * scale
-
-
-def apply_rope(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first rotary_dim dimensions of `heads` `[tokens, heads, head_dim]` and return float32.
-
-    Dimension i is paired with i + rotary_dim / 2 ("rotate half"), the convention of Hugging Face checkpoints.
-    """
-    pairs = cos.shape[-1]
-    first, second, kept = heads.to(torch.float32).tensor_split((pairs, 2 * pairs), dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, kept), dim=-1)

@@ -23,6 +23,7 @@ from pdengine.models.checkpoint import (
 from pdengine.models.config import PHI3, ModelConfig
 from pdengine.models.decoder import Decoder, DecoderLayer
 from pdengine.models.safetensors_header import TensorEntry, read_header
+from pdengine.triton_kernels.kernels import Kernels, kernels_for
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names
 READ_BYTES = 4 * 2**20  # at once
@@ -39,17 +40,19 @@ def load_decoder(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    kernels: Kernels | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
     """Read the weights in `directory` into a new Decoder on `device`, converted to `dtype`.
 
-    `progress(done_bytes, total_bytes)` is called after each tensor, in bytes of the checkpoint. Raises
-    CheckpointError, naming the file or tensor, when the checkpoint and `config` do not match exactly. Warns
-    of tensors with NaN or infinite values; only the first 64 KiB of each 4 MiB are looked at.
+    `kernels` are by default those of `device`. `progress(done_bytes, total_bytes)` is called after each
+    tensor, in bytes of the checkpoint. Raises CheckpointError, naming the file or tensor, when the checkpoint
+    and `config` do not match exactly. Warns of tensors with NaN or infinite values; only the first 64 KiB of
+    each 4 MiB are looked at.
     """
     directory = Path(directory)
     with torch.device("meta"):
-        decoder = Decoder(config, dtype)
+        decoder = Decoder(config, dtype, kernels or kernels_for(device))
     sources = _check_headers(directory, config, _destinations(decoder))
 
     _allocate(decoder, device)

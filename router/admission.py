@@ -28,6 +28,8 @@ def check_sampling(sampling: SamplingParams, timeout: float | None, vocab_size: 
         raise InvalidRequest(
             "temperature", f"temperature is {sampling.temperature}, it must be a finite number, 0 or more"
         )
+    if not 0 <= sampling.min_p <= 1:
+        raise InvalidRequest("min_p", f"min_p is {sampling.min_p}, it must be at least 0 and at most 1")
     if sampling.top_k < 0:
         raise InvalidRequest("top_k", f"top_k is {sampling.top_k}, it must be 0 (no limit) or more")
     if not 0 < sampling.top_p <= 1:

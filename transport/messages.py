@@ -40,9 +40,12 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
 
     max_tokens: tokens to write at most, at least 1.
     temperature: 0 is greedy.
+    min_p: sample among the tokens at least p times as likely as the likeliest one (arXiv 2407.01082); 0
+        means all.
     top_k: sample among the k most likely tokens; 0 means all.
     top_p: sample among the smallest set of tokens whose probability reaches p (nucleus sampling,
-        Holtzman et al., arXiv 1904.09751); 1 means all.
+        Holtzman et al., arXiv 1904.09751); 1 means all. Temperature, min_p, top_k and top_p apply in this
+        order, and each keeps tokens as likely as the last one that it keeps.
     seed: noise is a function of (seed, position). The router draws one where the client gave none.
     stop_token_ids: end after any of these, in addition to the model's end-of-sequence tokens.
     ignore_eos: do not end at the model's end-of-sequence tokens.
@@ -50,6 +53,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
 
     max_tokens: int = 16
     temperature: float = 1.0
+    min_p: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None

@@ -23,7 +23,7 @@ from pdengine.transport.transfer import (
     Transfer,
     TransferEvent,
 )
-from pdengine.transport.ucx_transfer import UcxTransfer
+from pdengine.transport.ucx_transfer import CudaPool, UcxTransfer
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,8 @@ class TwoPathTransfer:
 
     Whether a peer is on this host is tried, not guessed: only one that shares the network namespace and the
     user can hand over its pool. `PeerConnected.lanes` is "mapping", or the lanes of UCX, which is connected
-    only where the mapping cannot be used. With `same_host="ucx"` this worker neither maps nor offers.
+    only where the mapping cannot be used. With `same_host="ucx"` this worker neither maps nor offers, and so it
+    must be with a pool in GPU memory, which `cuda` describes.
 
     `deliver` is called on threads of both paths; `on_fatal` if one of them dies. Raises what `UcxTransfer`
     and `MappingTransfer` raise.
@@ -69,6 +70,7 @@ class TwoPathTransfer:
         advertise_host: str = "127.0.0.1",
         same_host: SameHost = "mapping",
         library_path: Path | None = None,
+        cuda: CudaPool | None = None,
     ) -> None:
         self._deliver = deliver
         self._lock = threading.RLock()  # guards the peers; events of the paths take it, too
@@ -80,6 +82,7 @@ class TwoPathTransfer:
             on_fatal=on_fatal,
             advertise_host=advertise_host,
             library_path=library_path,
+            cuda=cuda,
         )
         self._mapping: MappingTransfer | None = None
         if same_host == "mapping":

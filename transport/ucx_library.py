@@ -20,6 +20,7 @@ import cffi
 from pdengine.transport.transfer import TransferError
 
 OLDEST_API = (1, 13)
+OLDEST_WITH_CUDA = (1, 16)  # before, the target of an emulated read takes its GPU memory for host memory
 INFINIBAND_DEVICES = Path("/sys/class/infiniband")
 RTLD_NODELETE = 0x1000  # Linux; UCX installs memory hooks and must never be unloaded
 
@@ -30,6 +31,7 @@ UCS_ERR_LAST = -100
 UCP_FEATURE_RMA = 1 << 1
 UCP_FEATURE_WAKEUP = 1 << 4
 UCP_PARAM_FIELD_FEATURES = 1 << 0
+UCP_ATTR_FIELD_MEMORY_TYPES = 1 << 2
 UCP_WORKER_PARAM_FIELD_THREAD_MODE = 1 << 0
 UCS_THREAD_MODE_SINGLE = 0
 UCP_WORKER_ATTR_FIELD_ADDRESS = 1 << 1
@@ -37,13 +39,16 @@ UCP_WORKER_ATTR_FIELD_ADDRESS_FLAGS = 1 << 2
 UCP_WORKER_ADDRESS_FLAG_NET_ONLY = 1 << 0
 UCP_MEM_MAP_PARAM_FIELD_ADDRESS = 1 << 0
 UCP_MEM_MAP_PARAM_FIELD_LENGTH = 1 << 1
+UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE = 1 << 4
 UCP_EP_PARAM_FIELD_REMOTE_ADDRESS = 1 << 0
 UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE = 1 << 1
 UCP_EP_PARAM_FIELD_ERR_HANDLER = 1 << 2
 UCP_ERR_HANDLING_MODE_PEER = 1
 UCP_OP_ATTR_FIELD_FLAGS = 1 << 4
+UCP_OP_ATTR_FIELD_MEMORY_TYPE = 1 << 6
 UCP_OP_ATTR_FIELD_MEMH = 1 << 8
 UCP_EP_CLOSE_FLAG_FORCE = 1 << 0
+UCS_MEMORY_TYPE_CUDA = 1
 
 _DECLARATIONS = """
 typedef signed char ucs_status_t;
@@ -63,6 +68,15 @@ typedef struct {
     const char *name;
     size_t node_local_id;
 } ucp_params_t;
+
+typedef struct {
+    uint64_t field_mask;
+    size_t request_size;
+    int thread_mode;
+    uint64_t memory_types;
+    char name[32];
+    size_t device_counter_size;
+} ucp_context_attr_t;
 
 typedef struct {
     uint64_t field_mask;
@@ -135,6 +149,7 @@ ucs_status_t ucp_config_modify(void *config, const char *name, const char *value
 void ucp_config_release(void *config);
 ucs_status_t ucp_init_version(
     unsigned major, unsigned minor, const ucp_params_t *params, const void *config, void **context);
+ucs_status_t ucp_context_query(void *context, ucp_context_attr_t *attributes);
 void ucp_context_print_info(void *context, void *stream);
 void ucp_cleanup(void *context);
 
@@ -217,13 +232,13 @@ class UcxLibrary:
         return int(self.ffi.cast("intptr_t", self.ffi.addressof(library, function)))
 
 
-def load_ucx(path: Path | None = None) -> UcxLibrary:
-    """Load libucp from `path`, by default the one that `find_ucx` prefers.
+def load_ucx(path: Path | None = None, *, cuda: bool = False) -> UcxLibrary:
+    """Load libucp from `path`, by default the one that `find_ucx` prefers. cuda: it will move GPU memory.
 
-    Raises UcxNotFound if there is none, or it cannot be loaded, or it is older than 1.13.
+    Raises UcxNotFound if there is none, or it cannot be loaded, or it is older than 1.13 (with `cuda` 1.16).
     """
     if path is None:
-        path = find_ucx(os.environ)
+        path = find_ucx(os.environ, cuda=cuda)
     ffi = cffi.FFI()
     ffi.cdef(_DECLARATIONS)
     ffi.cdef(_LIBC_DECLARATIONS)
@@ -235,13 +250,21 @@ def load_ucx(path: Path | None = None) -> UcxLibrary:
             if (path.parent / name).exists():
                 ffi.dlopen(str(path.parent / name), flags)
         ucp = ffi.dlopen(str(path), flags)
+        if cuda and (module := _cuda_module(path)) is not None:
+            # UCX would do it, but leave the module out in silence where it cannot be loaded.
+            ffi.dlopen(str(module), ffi.RTLD_LAZY | RTLD_NODELETE)
     except OSError as error:
-        raise UcxNotFound(f"{path} cannot be loaded as libucp: {error}") from None
+        reason = str(error).partition("  Additionally")[0]  # which is about names without a path
+        raise UcxNotFound(f"{path} cannot be loaded as libucp: {reason}") from None
     numbers = ffi.new("unsigned[3]")
     ucp.ucp_get_version(numbers, numbers + 1, numbers + 2)
     version = (int(numbers[0]), int(numbers[1]), int(numbers[2]))
     if version[:2] < OLDEST_API:
         raise UcxNotFound(f"{path} is UCX {version[0]}.{version[1]}, older than the required 1.13")
+    if cuda and version[:2] < OLDEST_WITH_CUDA:
+        raise UcxNotFound(
+            f"{path} is UCX {version[0]}.{version[1]}, older than the 1.16 that a KV cache on a GPU needs"
+        )
     return UcxLibrary(path, ffi, ucp, ffi.dlopen(None), version)
 
 
@@ -250,14 +273,14 @@ class UcxChoice(NamedTuple):
     reason: str  # continues "taken because"
 
 
-def find_ucx(environ: Mapping[str, str]) -> Path:
+def find_ucx(environ: Mapping[str, str], *, cuda: bool = False) -> Path:
     """The path of `choose_ucx`. Raises UcxNotFound."""
-    return choose_ucx(environ).path
+    return choose_ucx(environ, cuda=cuda).path
 
 
-def choose_ucx(environ: Mapping[str, str]) -> UcxChoice:
+def choose_ucx(environ: Mapping[str, str], *, cuda: bool = False) -> UcxChoice:
     """The libucp to load: `PDENGINE_UCX_LIB`, the system's if it can use RDMA devices that are there, the
-    libucx wheel's (built without RDMA), the system's.
+    libucx wheel's (built without RDMA), the system's. cuda: only those that come with UCX's CUDA module.
 
     Nothing is loaded to find out, because two libucp in one process would share their libucs. Raises
     UcxNotFound.
@@ -265,16 +288,20 @@ def choose_ucx(environ: Mapping[str, str]) -> UcxChoice:
     if configured := environ.get("PDENGINE_UCX_LIB"):
         if not Path(configured).is_file():
             raise UcxNotFound(f"PDENGINE_UCX_LIB is {configured!r}, which is not a file")
+        if cuda and not has_cuda(Path(configured)):
+            raise UcxNotFound(f"PDENGINE_UCX_LIB is {configured!r}, which was built without CUDA support")
         return UcxChoice(Path(configured), "PDENGINE_UCX_LIB names it")
-    system = next(_system_libraries(environ), None)
+    system = next((path for path in _system_libraries(environ) if has_cuda(path) or not cuda), None)
     if system is not None and has_rdma(system):
         return UcxChoice(system, "it is the system's and drives the RDMA devices")
     wheel = _wheel_library()
-    if wheel is not None:
+    if wheel is not None and (has_cuda(wheel) or not cuda):
         reason = "it is the libucx wheel's, and the system has none that drives RDMA devices"
         return UcxChoice(wheel, reason)
     if system is not None:
         return UcxChoice(system, "it is the system's, and no libucx wheel is installed")
+    if cuda:
+        raise UcxNotFound("no libucp with CUDA support was found: pip install 'pdengine[cu13]'")
     raise UcxNotFound(
         "libucp was not found: install it with pip install 'pdengine[cu12]', or the distribution's libucx0"
     )
@@ -284,6 +311,15 @@ def has_rdma(libucp: Path) -> bool:
     """Whether this machine has RDMA devices and this libucp comes with the module that drives them."""
     devices = INFINIBAND_DEVICES.is_dir() and any(INFINIBAND_DEVICES.iterdir())
     return devices and any((libucp.resolve().parent / "ucx").glob("libuct_ib.so*"))
+
+
+def has_cuda(libucp: Path) -> bool:
+    """Whether this libucp comes with the module that moves GPU memory."""
+    return _cuda_module(libucp) is not None
+
+
+def _cuda_module(libucp: Path) -> Path | None:
+    return min((libucp.resolve().parent / "ucx").glob("libuct_cuda.so*"), default=None)
 
 
 def _wheel_library() -> Path | None:

@@ -70,7 +70,10 @@ class _Pull:
 
 
 class UcxLoop:
-    """The state of the UCX thread: one worker, its endpoints, and the pulls in flight."""
+    """The state of the UCX thread: one worker, its endpoints, and the pulls in flight.
+
+    cuda_scratch: the pool is in GPU memory, and so are WARM_UP_BYTES at this address.
+    """
 
     def __init__(
         self,
@@ -82,6 +85,7 @@ class UcxLoop:
         command_descriptor: int,
         control: Table,
         gaps: Table,
+        cuda_scratch: int | None = None,
     ) -> None:
         self._library = library
         self._deliver = deliver
@@ -93,9 +97,11 @@ class UcxLoop:
         self._functions = tuple(native.native_functions(library))
         self._get, self._put = library.address_of("ucp_get_nbx"), library.address_of("ucp_put_nbx")
         self._flush = library.address_of("ucp_ep_flush_nbx")
-        self._worker = UcxWorker(library, settings)
+        self._worker = UcxWorker(library, settings, cuda=cuda_scratch is not None)
         self.worker_address = self._worker.address()
         self._scratch = np.zeros(WARM_UP_BYTES, np.uint8)
+        # Of the pool's kind of memory, so that the warm-up takes the transports that pulls will take.
+        self._scratch_address = self._scratch.ctypes.data if cuda_scratch is None else cuda_scratch
         self._scratch_parameters = self._worker.get_parameters(None)
         self._pool_parameters = 0
         self._region: RegionDescriptor | None = None
@@ -159,7 +165,7 @@ class UcxLoop:
             return
         self._peers[engine_id] = peer
         # A first small read makes UCX connect its transports, here and not in the first pull.
-        read = (self._scratch.ctypes.data, region.base_address, min(WARM_UP_BYTES, region.nbytes))
+        read = (self._scratch_address, region.base_address, min(WARM_UP_BYTES, region.nbytes))
         self._start(_Pull(None, peer, np.array([read], np.int64)), self._scratch_parameters)
 
     def pull(self, pull_id: int, engine_id: str, runs: Sequence[Run]) -> None:

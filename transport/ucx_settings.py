@@ -21,6 +21,10 @@ _TRANSPORT_SETTINGS = (
     (("UCX_TCP_TX_SEG_SIZE",), "TCP_TX_SEG_SIZE", "TX_SEG_SIZE", "64k"),
     (("UCX_TCP_RX_SEG_SIZE",), "TCP_RX_SEG_SIZE", "RX_SEG_SIZE", "64k"),
 )
+# Without NVLink UCX would not read by CUDA IPC but emulate it, even between processes on one GPU.
+_CUDA_SETTINGS = (
+    (("UCX_CUDA_IPC_ENABLE_GET_ZCOPY",), "CUDA_IPC_ENABLE_GET_ZCOPY", "ENABLE_GET_ZCOPY", "on"),
+)
 _FIRST_VERSION_WITH_PREFIXES = (1, 17)
 
 _INTERFACE_DECLARATIONS = """
@@ -38,15 +42,18 @@ void freeifaddrs(struct ifaddrs *list);
 """
 
 
-def ucx_settings(library: UcxLibrary, advertise_host: str, environ: Mapping[str, str]) -> dict[str, str]:
+def ucx_settings(
+    library: UcxLibrary, advertise_host: str, environ: Mapping[str, str], *, cuda: bool = False
+) -> dict[str, str]:
     """The names and values for ucp_config_modify; a variable that the user has set is left alone.
 
+    cuda: the pool is on a GPU, and the library comes with the CUDA module, which knows its settings.
     Raises TransferError if no network interface owns `advertise_host`.
     """
     prefixed = library.version >= _FIRST_VERSION_WITH_PREFIXES
     settings = {
         (name if prefixed else old_name): value
-        for variables, name, old_name, value in _TRANSPORT_SETTINGS
+        for variables, name, old_name, value in _TRANSPORT_SETTINGS + (_CUDA_SETTINGS if cuda else ())
         if not any(variable in environ for variable in variables)
     }
     if "UCX_NET_DEVICES" not in environ:

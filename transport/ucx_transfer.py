@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,12 +25,22 @@ START_SECONDS = 120.0  # the first start on a machine compiles the native loop
 REGISTER_SECONDS = 120.0  # pinning hundreds of GB for RDMA takes long
 
 
+class CudaPool(NamedTuple):
+    """What the transfer of a pool in GPU memory must know."""
+
+    attach_thread: Callable[[], None]  # makes the GPU's context current on the calling thread
+    scratch_address: int  # WARM_UP_BYTES on the same GPU, which the first read from each peer overwrites
+
+
 class UcxTransfer:
     """A `PushTransfer` over UCX. The thread "ucx" owns the library and runs without the GIL (`ucx_progress`).
 
     `deliver` is called on that thread. `on_fatal` is called there if the thread dies: nothing that is in
     flight will be reported any more, so the process should exit. UCX listens on the interface that owns
-    `advertise_host` only.
+    `advertise_host` only. cuda: for a pool in GPU memory.
+
+    A read into GPU memory has landed when its PullCompleted is delivered: UCX reports it once the copy's
+    CUDA event has passed (the NIC's completion, over RDMA), and kernels launched after that see the bytes.
 
     Raises UcxNotFound, UcxError or TransferError if UCX cannot be started.
     """
@@ -41,11 +52,12 @@ class UcxTransfer:
         on_fatal: Callable[[BaseException], None],
         advertise_host: str = "127.0.0.1",
         library_path: Path | None = None,
+        cuda: CudaPool | None = None,
     ) -> None:
         self._deliver = deliver
         self._on_fatal = on_fatal
-        library = load_ucx(library_path)
-        settings = ucx_settings(library, advertise_host, os.environ)
+        library = load_ucx(library_path, cuda=cuda is not None)
+        settings = ucx_settings(library, advertise_host, os.environ, cuda=cuda is not None)
         self.version = "ucx {}.{}.{}".format(*library.version)
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._command_descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -55,6 +67,8 @@ class UcxTransfer:
         self._closed = False
 
         def open_loop() -> UcxLoop:
+            if cuda is not None:
+                cuda.attach_thread()  # before UCX starts: it looks for GPUs only where there is a context
             return UcxLoop(
                 library,
                 settings,
@@ -63,6 +77,7 @@ class UcxTransfer:
                 command_descriptor=self._command_descriptor,
                 control=self._control,
                 gaps=self._gaps,
+                cuda_scratch=None if cuda is None else cuda.scratch_address,
             )
 
         started: Future[bytes] = Future()

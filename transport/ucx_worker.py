@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from pdengine.transport import ucx_library as ucx
 from pdengine.transport.tcp_congestion import without_bbr
+from pdengine.transport.transfer import TransferError
 from pdengine.transport.ucx_address import (
     UcxAddress,
     pack_address,
@@ -32,18 +33,24 @@ class UcxWorker:
 
     Endpoints, remote keys and memory handles are passed as integer addresses, because native code uses them
     too. All methods raise UcxError if UCX refuses.
+
+    cuda: the memory that is mapped and read into is a GPU's, whose context is current on this thread. Raises
+    TransferError if UCX cannot use it.
     """
 
-    def __init__(self, library: UcxLibrary, settings: dict[str, str]) -> None:
+    def __init__(self, library: UcxLibrary, settings: dict[str, str], *, cuda: bool = False) -> None:
         self._library = library
         self._ffi = library.ffi
         self._ucp = library.ucp
         self._mapped: list[int] = []
         self._parameters: list[Any] = []  # structs that native code refers to by address
+        self._cuda = cuda
         self._context = self._create_context(settings)
         try:
+            if cuda:
+                self._check_cuda()
             self._worker = self._create_worker()
-        except ucx.UcxError:
+        except TransferError:
             self._ucp.ucp_cleanup(self._context)
             raise
 
@@ -68,6 +75,9 @@ class UcxWorker:
         parameters.field_mask = ucx.UCP_MEM_MAP_PARAM_FIELD_ADDRESS | ucx.UCP_MEM_MAP_PARAM_FIELD_LENGTH
         parameters.address = self._pointer(address)
         parameters.length = num_bytes
+        if self._cuda:  # UCX would guess, and take for host memory what was allocated before its hooks
+            parameters.field_mask |= ucx.UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE
+            parameters.memory_type = ucx.UCS_MEMORY_TYPE_CUDA
         memory = self._ffi.new("void **")
         self._check(self._ucp.ucp_mem_map(self._context, parameters, memory), "ucp_mem_map")
         handle = int(self._ffi.cast("intptr_t", memory[0]))
@@ -84,6 +94,9 @@ class UcxWorker:
         if memory is not None:
             parameters.op_attr_mask = ucx.UCP_OP_ATTR_FIELD_MEMH
             parameters.memh = self._pointer(memory)
+        if self._cuda:
+            parameters.op_attr_mask |= ucx.UCP_OP_ATTR_FIELD_MEMORY_TYPE
+            parameters.memory_type = ucx.UCS_MEMORY_TYPE_CUDA
         self._parameters.append(parameters)
         return int(self._ffi.cast("intptr_t", parameters))
 
@@ -170,6 +183,15 @@ class UcxWorker:
         finally:
             self._ucp.ucp_config_release(config[0])
         return context[0]
+
+    def _check_cuda(self) -> None:
+        attributes = self._ffi.new("ucp_context_attr_t *")
+        attributes.field_mask = ucx.UCP_ATTR_FIELD_MEMORY_TYPES
+        self._check(self._ucp.ucp_context_query(self._context, attributes), "ucp_context_query")
+        if not attributes.memory_types >> ucx.UCS_MEMORY_TYPE_CUDA & 1:
+            raise TransferError(
+                f"UCX of {self._library.path} finds no GPU; with UCX_LOG_LEVEL=debug it says why"
+            )
 
     def _create_worker(self) -> Any:
         parameters = self._ffi.new("ucp_worker_params_t *")

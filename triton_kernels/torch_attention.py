@@ -18,7 +18,10 @@ CHUNK_QUERY_ROWS = 256
 def store_kv(
     kv_pool: Tensor, layer: int, key: Tensor, value: Tensor, block_ids: Tensor, block_offsets: Tensor
 ) -> None:
-    """See `attention.store_kv`; `block_ids` and `block_offsets` are those of the batch."""
+    """Write one layer's new `key` and `value`, `[tokens, num_kv_heads, head_dim]`, into the cache.
+
+    `block_ids` and `block_offsets` are those of an `AttentionBatch`.
+    """
     kv_pool[:, :, layer, 0][block_ids, :, block_offsets] = key
     kv_pool[:, :, layer, 1][block_ids, :, block_offsets] = value
 
@@ -32,7 +35,7 @@ def paged_attention(
     context_lengths: list[int],
     scale: float,
 ) -> Tensor:
-    """See `attention.paged_attention`; the lists are the batch's tensors on the host."""
+    """See `Kernels.paged_attention`; the tables and lists are those of an `AttentionBatch`."""
     output = torch.empty_like(query)
     decodes = []
     for sequence, context_length in enumerate(context_lengths):

@@ -49,7 +49,7 @@ def refusal(content: str, tmp_path: Path) -> str:
 def sample(option: click.Option) -> str | float:
     """A value that the option takes and that is not its default."""
     if isinstance(option.type, click.types.FloatParamType):
-        return 7.5
+        return 0.7 if option.name == "gpu_memory_utilization" else 7.5
     if isinstance(option.type, click.types.IntParamType):
         return 7
     if isinstance(option.type, click.Choice):
@@ -225,4 +225,4 @@ def test_an_empty_revision_overrides_the_one_of_the_environment(monkeypatch: pyt
     with click.Context(main) as root, main.commands["decode"].make_context("decode", arguments, root) as ctx:
         config = worker_config("decode", **ctx.params)
     assert config.model_directory == checkpoint_directory()
-    assert config.kv_memory == 4 * 2**30
+    assert config.kv_memory is None

@@ -90,8 +90,11 @@ def test_a_pool_too_small_for_one_block(model: Path) -> None:
     ("options", "words"),
     [
         (("--dtype", "float8"), ("float8", "bfloat16")),
-        (("--device", "cuda:0"), ("cuda:0", "cpu")),
+        (("--device", "cuda:999"), ("cuda:999", "torch")),
+        (("--device", "gpu"), ("'gpu'", "cpu, cuda and cuda:N")),
         (("--block-size", "0"), ("block size", "0")),
+        (("--block-size", "24", "--device", "cuda"), ("block size 24", "16, 32, 64, 128, 256")),
+        (("--kv-memory", "40%", "--device", "cuda"), ("40%", "--gpu-memory-utilization")),
         (("--bind", "127.0.0.1"), ("127.0.0.1", "tcp://HOST:PORT")),
         (("--bind", "tcp://0.0.0.0:0"), ("--advertise",)),
         (("--advertise", "tcp://192.0.2.1:0"), ("192.0.2.1",)),

@@ -206,6 +206,7 @@ def test_bad_requests_are_refused_with_the_limit_and_hurt_nobody(model: Path, tm
             "temperature is -1.0": {"prompt": "the cat", "temperature": -1.0},
             "temperature is nan": {"prompt": "the cat", "temperature": float("nan")},
             "top_p is 0.0": {"prompt": "the cat", "top_p": 0.0},
+            "min_p is 2.0": {"prompt": "the cat", "min_p": 2.0},
             "top_k is -2": {"prompt": "the cat", "top_k": -2},
             "max_tokens is 0": {"prompt": "the cat", "max_tokens": 0},
             "stop_token_ids has token id 9999": {"prompt": "the cat", "stop_token_ids": [9999]},

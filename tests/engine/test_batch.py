@@ -10,8 +10,9 @@ from sequences import make_sequence
 from pdengine.engine.batch import build_batch
 from pdengine.engine.scheduler import Chunk
 from pdengine.engine.sequence import Mode, Sequence, blocks_for
+from pdengine.engine.step_upload import upload_for
 
-CPU = torch.device("cpu")
+UPLOAD = upload_for(torch.device("cpu"))
 
 
 def running(name: str, token_ids: list[int], block_ids: list[int], num_computed: int = 0) -> Sequence:
@@ -24,7 +25,7 @@ def test_a_mixed_step() -> None:
     decoding = running("decoding", [10, 11, 12, 13, 14], [7, 3], num_computed=4)
     part = running("part of a prompt", [20, 21, 22, 23, 24, 25], [5, 1, 9], num_computed=1)
     whole = running("whole prompt", [30, 31], [2])
-    batch = build_batch([Chunk(decoding, 1), Chunk(part, 4), Chunk(whole, 2)], 4, CPU)
+    batch = build_batch([Chunk(decoding, 1), Chunk(part, 4), Chunk(whole, 2)], 4, UPLOAD)
 
     assert batch.token_ids.tolist() == [14, 21, 22, 23, 24, 30, 31]
     assert batch.positions.tolist() == [4, 1, 2, 3, 4, 0, 1]
@@ -38,7 +39,7 @@ def test_a_mixed_step() -> None:
 
 
 def test_a_step_that_samples_nothing() -> None:
-    batch = build_batch([Chunk(running("prompt", [1, 2, 3], [0]), 2)], 4, CPU)
+    batch = build_batch([Chunk(running("prompt", [1, 2, 3], [0]), 2)], 4, UPLOAD)
     assert batch.sampled == []
     assert batch.sampled_rows.shape == (0,)
 
@@ -63,7 +64,7 @@ def steps(draw: st.DrawFn) -> tuple[list[Chunk], int]:
 @settings(max_examples=150, deadline=None)
 def test_every_token_stands_where_its_block_table_says(step: tuple[list[Chunk], int]) -> None:
     chunks, block_size = step
-    batch = build_batch(chunks, block_size, CPU)
+    batch = build_batch(chunks, block_size, UPLOAD)
     attention = batch.attention
     # A pool that holds token ids instead of keys and values: earlier steps first, then this one.
     pool = torch.full((60, block_size), -1)

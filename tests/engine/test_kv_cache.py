@@ -13,7 +13,9 @@ from pdengine.engine.kv_cache import DIMENSIONS, KVCache, dtype_name
 from pdengine.engine.memory import kv_block_bytes
 from pdengine.models.config import ModelConfig, RopeConfig
 from pdengine.transport.regions import Run, copy_ranges
-from pdengine.triton_kernels.attention import AttentionBatch, paged_attention, store_kv
+from pdengine.triton_kernels.attention import AttentionBatch
+from pdengine.triton_kernels.torch_attention import store_kv
+from pdengine.triton_kernels.torch_kernels import TorchKernels
 
 BLOCK_SIZE = 16
 BLOCKS_BEYOND_INT32 = 2**31 // (8 * 32 * 2 * BLOCK_SIZE * 128) + 3  # of Llama-3-8B: 2 051
@@ -96,13 +98,16 @@ def test_keys_and_values_in_the_last_block_are_stored_and_read_back(large: KVCac
         block_tables=torch.tensor([[last]]),
         query_starts=torch.tensor([0, 2]),
         context_lengths=torch.tensor([2]),
+        query_starts_on_host=[0, 2],
+        context_lengths_on_host=[2],
+        num_decodes=0,
     )
     key, value = torch.randn(2, 2, 8, 128, generator=torch.Generator().manual_seed(0)).to(large.pool.dtype)
-    store_kv(large.pool, 31, key, value, batch)
+    store_kv(large.pool, 31, key, value, batch.block_ids, batch.block_offsets)
     assert torch.equal(large.pool[last, :, 31, 0, :2], key.transpose(0, 1))
     assert torch.equal(large.pool[last, :, 31, 1, :2], value.transpose(0, 1))
     query = torch.zeros(2, 32, 128, dtype=large.pool.dtype)  # every score is equal: the mean of the values
-    output = paged_attention(query, large.pool, 31, batch, scale=1.0).float()
+    output = TorchKernels().paged_attention(query, large.pool, 31, batch, scale=1.0).float()
     torch.testing.assert_close(output[0], value[0].float().repeat_interleave(4, dim=0))
     mean = value.float().mean(dim=0).repeat_interleave(4, dim=0)
     torch.testing.assert_close(output[1], mean, atol=2e-2, rtol=2e-2)

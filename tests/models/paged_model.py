@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from pathlib import Path
 
 import torch
@@ -45,12 +45,17 @@ class PagedModel:
                 block_offsets.append(position % self.block_size)
             self.lengths[name] = start + len(tokens)
         tables = [torch.tensor(self.block_tables[name]) for name in new_tokens]
+        query_starts = [0, *accumulate(counts)]
+        context_lengths = [self.lengths[name] for name in new_tokens]
         batch = AttentionBatch(
             block_ids=torch.tensor(block_ids),
             block_offsets=torch.tensor(block_offsets),
             block_tables=torch.nn.utils.rnn.pad_sequence(tables, batch_first=True),
-            query_starts=torch.tensor([0, *accumulate(counts)]),
-            context_lengths=torch.tensor([self.lengths[name] for name in new_tokens]),
+            query_starts=torch.tensor(query_starts),
+            context_lengths=torch.tensor(context_lengths),
+            query_starts_on_host=query_starts,
+            context_lengths_on_host=context_lengths,
+            num_decodes=len(list(takewhile(lambda count: count == 1, counts))),
         )
         token_ids = torch.tensor([token for tokens in new_tokens.values() for token in tokens])
         with torch.inference_mode():

@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pdengine.models.config import load_config
-from pdengine.models.rope import apply_rope, inverse_frequencies, rope_cos_sin
+from pdengine.models.rope import inverse_frequencies, rope_cos_sin
+from pdengine.triton_kernels.torch_kernels import apply_rope
 
 SHAPE = {
     "vocab_size": 1000,

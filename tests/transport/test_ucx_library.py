@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from pathlib import Path
 
 import pytest
@@ -31,11 +33,16 @@ def candidates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Path, P
     return system, wheel
 
 
+def add_module(library: Path, name: str) -> None:
+    """Let UCX's module of this name lie beside `library`."""
+    (library.parent / "ucx").mkdir(exist_ok=True)
+    (library.parent / "ucx" / name).touch()
+
+
 def test_the_wheel_is_taken_where_there_is_no_rdma(candidates: tuple[Path, Path]) -> None:
     system, wheel = candidates
     assert find_ucx({}) == wheel
-    (system.parent / "ucx").mkdir()
-    (system.parent / "ucx" / "libuct_ib.so.0").touch()
+    add_module(system, "libuct_ib.so.0")
     assert find_ucx({}) == wheel  # the module alone is not a device
 
 
@@ -43,9 +50,52 @@ def test_the_system_library_is_taken_if_it_drives_rdma_devices(candidates: tuple
     system, wheel = candidates
     (ucx_library.INFINIBAND_DEVICES / "mlx5_0").mkdir()
     assert find_ucx({}) == wheel  # built without the module
-    (system.parent / "ucx").mkdir()
-    (system.parent / "ucx" / "libuct_ib.so.0").touch()
+    add_module(system, "libuct_ib.so.0")
     assert find_ucx({}) == system
+
+
+def test_for_gpu_memory_only_a_library_with_cuda_will_do(
+    candidates: tuple[Path, Path], tmp_path: Path
+) -> None:
+    system, wheel = candidates
+    with pytest.raises(UcxNotFound, match=r"no libucp with CUDA support .*pdengine\[cu13\]"):
+        find_ucx({}, cuda=True)
+    add_module(system, "libuct_cuda.so.0")
+    assert find_ucx({}, cuda=True) == system
+    assert find_ucx({}) == wheel
+    add_module(wheel, "libuct_cuda.so.0")
+    assert find_ucx({}, cuda=True) == wheel
+    mine = tmp_path / "libucp.so"
+    mine.touch()
+    with pytest.raises(UcxNotFound, match=r"PDENGINE_UCX_LIB is .* built without CUDA"):
+        find_ucx({"PDENGINE_UCX_LIB": str(mine)}, cuda=True)
+
+
+def test_rdma_without_cuda_does_not_help_a_gpu(candidates: tuple[Path, Path]) -> None:
+    system, wheel = candidates
+    (ucx_library.INFINIBAND_DEVICES / "mlx5_0").mkdir()
+    add_module(system, "libuct_ib.so.0")
+    add_module(wheel, "libuct_cuda.so.0")
+    assert find_ucx({}) == system
+    assert find_ucx({}, cuda=True) == wheel
+    add_module(system, "libuct_cuda.so.0")
+    assert find_ucx({}, cuda=True) == system
+
+
+def has_cuda_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(has_cuda_driver(), reason="there is a CUDA driver")
+def test_a_cuda_module_that_cannot_be_loaded_is_no_secret() -> None:
+    if not ucx_library.has_cuda(find_ucx(os.environ)):
+        pytest.skip("this libucp comes without CUDA support")
+    with pytest.raises(UcxNotFound, match=r"libuct_cuda\S*: libcuda\.so\.1: cannot open shared object file"):
+        load_ucx(cuda=True)
 
 
 def test_the_configured_path_comes_first(candidates: tuple[Path, Path], tmp_path: Path) -> None:
@@ -100,6 +150,16 @@ def test_settings_and_the_users_own() -> None:
     assert ucx_settings.ucx_settings(library, "127.0.0.1", {}) == expected
     environ = {"UCX_TCP_TX_SEG_SIZE": "8k", "UCX_NET_DEVICES": "eth7", "UCX_MM_ERROR_HANDLING": "n"}
     assert ucx_settings.ucx_settings(library, "127.0.0.1", environ) == {"TCP_RX_SEG_SIZE": "64k"}
+
+
+def test_reads_by_cuda_ipc_are_switched_on_for_gpu_memory() -> None:
+    settings = ucx_settings.ucx_settings(fake_library((1, 22, 0)), "127.0.0.1", {}, cuda=True)
+    assert settings["CUDA_IPC_ENABLE_GET_ZCOPY"] == "on"
+    settings = ucx_settings.ucx_settings(fake_library((1, 16, 0)), "127.0.0.1", {}, cuda=True)
+    assert settings["ENABLE_GET_ZCOPY"] == "on"
+    environ = {"UCX_CUDA_IPC_ENABLE_GET_ZCOPY": "n"}
+    settings = ucx_settings.ucx_settings(fake_library((1, 22, 0)), "127.0.0.1", environ, cuda=True)
+    assert "CUDA_IPC_ENABLE_GET_ZCOPY" not in settings
 
 
 def test_old_ucx_knows_the_settings_without_transport_prefix() -> None:

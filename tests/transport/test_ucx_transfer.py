@@ -8,6 +8,7 @@ import queue
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,9 +17,14 @@ import numpy as np
 import pytest
 from ucx_peer import BLOCK_BYTES, Peer, Worker, block_content, peer_process
 
+from pdengine.transport import ucx_loop, ucx_transfer
 from pdengine.transport.regions import Run, block_runs, describe_region
 from pdengine.transport.transfer import PeerConnected, PeerFailed, PullCompleted, PullFailed, TransferError
-from pdengine.transport.ucx_transfer import UcxTransfer
+from pdengine.transport.ucx_library import load_ucx
+from pdengine.transport.ucx_loop import WARM_UP_BYTES
+from pdengine.transport.ucx_settings import ucx_settings
+from pdengine.transport.ucx_transfer import CudaPool, UcxTransfer
+from pdengine.transport.ucx_worker import UcxWorker
 
 
 @pytest.fixture
@@ -364,6 +370,50 @@ def test_an_exception_on_the_ucx_thread_is_reported() -> None:
     transfer.pull(1, "nobody", [Run(0, 0, 1)])
     assert fatal.get(timeout=30) is broken
     transfer.close()
+
+
+def test_ucx_starts_on_a_thread_that_has_the_context_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[object, ...]] = []
+
+    class Loop:
+        worker_address = b"address"
+
+        def __init__(self, *_: object, cuda_scratch: int, **__: object) -> None:
+            calls.append(("start UCX", threading.current_thread().name, cuda_scratch))
+
+        def run(self) -> None: ...
+
+    def attach_thread() -> None:
+        calls.append(("attach", threading.current_thread().name))
+
+    monkeypatch.setattr(ucx_transfer, "load_ucx", lambda path, *, cuda: load_ucx(path))
+    monkeypatch.setattr(ucx_transfer, "UcxLoop", Loop)
+    cuda = CudaPool(attach_thread, 4096)
+    UcxTransfer(deliver=calls.append, on_fatal=calls.append, cuda=cuda).close()
+    assert calls == [("attach", "ucx"), ("start UCX", "ucx", 4096)]
+
+
+def test_a_context_that_cannot_be_attached_is_an_error_of_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attach_thread() -> None:
+        raise TransferError("no such GPU")
+
+    monkeypatch.setattr(ucx_transfer, "load_ucx", lambda path, *, cuda: load_ucx(path))
+    with pytest.raises(TransferError, match="no such GPU"):
+        UcxTransfer(deliver=print, on_fatal=print, cuda=CudaPool(attach_thread, 4096))
+
+
+def test_the_first_read_goes_where_it_was_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that is memory of the GPU; here UCX is let believe that it is none."""
+    monkeypatch.setattr(ucx_transfer, "load_ucx", lambda path, *, cuda: load_ucx(path))
+    monkeypatch.setattr(ucx_transfer, "ucx_settings", lambda *args, cuda: ucx_settings(*args))
+    monkeypatch.setattr(ucx_loop, "UcxWorker", lambda *args, cuda: UcxWorker(*args))
+    scratch = np.zeros(2 * WARM_UP_BYTES, np.uint8)
+    reader, source = Worker(cuda=CudaPool(lambda: None, scratch.ctypes.data)), Worker()
+    source.pool.blocks[:] = 7
+    connect(reader, "source", source)
+    assert scratch.tolist() == [7] * WARM_UP_BYTES + [0] * WARM_UP_BYTES
+    reader.transfer.close()
+    source.transfer.close()
 
 
 def test_a_process_that_forgets_to_close_exits_in_silence() -> None:

@@ -1,0 +1,99 @@
+"""Tile sizes of the attention kernels, by dtype, head dimension and compute capability.
+
+They are the largest that neither spill registers nor exceed the shared memory, with several programs resident
+per multiprocessor for decode (`compile_report` prints what each takes). They were chosen from what the compiler
+reports; no GPU has timed them yet.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from pdengine.triton_kernels.device_limits import DeviceLimits
+
+# What a decode program takes at most, at any tile size; the tests compare it with what the compiler says.
+DECODE_REGISTERS = 168  # per thread
+DECODE_SCRATCH_MEMORY = 10 << 10  # bytes of shared memory besides the tiles of K and V
+
+
+@dataclass(frozen=True)
+class DecodeTile:
+    """Tokens of K and V that a decode program takes at once. `num_stages` - 1 such tiles are in flight."""
+
+    tokens: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class PrefillTile:
+    """Query rows of a prefill program, and the tokens of K and V that it takes at once."""
+
+    rows: int
+    tokens: int
+    num_warps: int
+    num_stages: int
+
+
+# By padded head dimension. K and V of a 16-bit tile are 32 KiB; products of float32 run without tensor cores
+# and hold both operands in registers.
+DECODE_TILES = {64: DecodeTile(128, 4, 3), 128: DecodeTile(64, 4, 3), 256: DecodeTile(32, 4, 3)}
+FLOAT32_DECODE_TILE = DecodeTile(16, 4, 3)
+
+# By padded head dimension, for chunks of few and of many rows.
+PREFILL_TILES = {
+    64: (PrefillTile(16, 64, 4, 3), PrefillTile(64, 64, 4, 3), PrefillTile(128, 64, 8, 3)),
+    128: (PrefillTile(16, 64, 4, 2), PrefillTile(64, 32, 4, 3), PrefillTile(128, 32, 8, 3)),
+    256: (PrefillTile(16, 32, 4, 2), PrefillTile(64, 32, 8, 2)),
+}
+# Compute capabilities 9 and 10 have more shared memory, and matrix products that read it directly.
+PREFILL_TILES_9_AND_10 = {
+    64: PREFILL_TILES[64],
+    128: (PrefillTile(16, 64, 4, 3), PrefillTile(64, 64, 4, 2), PrefillTile(128, 64, 8, 3)),
+    256: (PrefillTile(16, 32, 4, 3), PrefillTile(64, 32, 8, 3)),
+}
+FLOAT32_PREFILL_TILES = {
+    64: (PrefillTile(16, 16, 4, 2),),
+    128: (PrefillTile(16, 16, 4, 2),),
+    256: (PrefillTile(16, 16, 8, 2),),
+}
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The next power of two, at least 16: what Triton's tensors and matrix products take."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def decode_tile(dtype: torch.dtype, head_dim: int) -> DecodeTile:
+    return FLOAT32_DECODE_TILE if dtype == torch.float32 else DECODE_TILES[_table_key(head_dim)]
+
+
+def prefill_tiles(dtype: torch.dtype, head_dim: int, capability: int) -> tuple[PrefillTile, ...]:
+    """From few rows to many."""
+    if dtype == torch.float32:
+        return FLOAT32_PREFILL_TILES[_table_key(head_dim)]
+    tiles = PREFILL_TILES_9_AND_10 if 90 <= capability < 120 else PREFILL_TILES
+    return tiles[_table_key(head_dim)]
+
+
+def prefill_tile(dtype: torch.dtype, head_dim: int, capability: int, num_rows: int) -> PrefillTile:
+    """The smallest with room for chunks of `num_rows` rows, new tokens times heads of a group; or the largest."""
+    tiles = prefill_tiles(dtype, head_dim, capability)
+    return next((tile for tile in tiles if tile.rows >= num_rows), tiles[-1])
+
+
+def resident_decode_programs(
+    tile: DecodeTile, dtype: torch.dtype, head_dim: int, limits: DeviceLimits
+) -> int:
+    """How many decode programs the whole device runs at once."""
+    row_bytes = 2 * padded_head_dim(head_dim) * dtype.itemsize  # K and V of one token
+    shared_memory = (tile.num_stages - 1) * tile.tokens * row_bytes + DECODE_SCRATCH_MEMORY
+    per_multiprocessor = limits.resident_programs(shared_memory, DECODE_REGISTERS, tile.num_warps)
+    return limits.num_multiprocessors * per_multiprocessor
+
+
+def _table_key(head_dim: int) -> int:
+    """Raises ValueError for a head dimension above 256."""
+    if head_dim > 256:
+        raise ValueError(f"head_dim is {head_dim}, the attention kernels take 256 at most")
+    return max(64, padded_head_dim(head_dim))

@@ -25,7 +25,7 @@ BLOCK_BYTES = 2 * 2**20  # of Llama-3-8B at 16 tokens
 NUM_BLOCKS = 2048
 RUN_BLOCKS = 16
 REPEATS = 7
-DEADLINE = 120.0  # s
+DEADLINE = 30.0  # s
 
 
 def run(setup: Setup) -> None:

@@ -103,6 +103,10 @@ def router(
         if not running.cancelled():
             running.result()
 
+    if not silence_seconds > heartbeat_seconds:
+        raise click.UsageError(
+            f"--silence-seconds {silence_seconds:g} must be more than --heartbeat-seconds {heartbeat_seconds:g}"
+        )
     log_to_stderr("router")
     with errors_in_one_line():
         # Outside the loop, where Ctrl-C ends a download at once.

@@ -1,7 +1,7 @@
 """How the memory of a GPU is divided: the weights, what a step needs at most, and the rest to the KV cache.
 
 What a step needs is not computed but measured, by running the largest one that the scheduler can make on a
-small pool. The same run compiles the kernels, so that no request waits for them.
+small pool. A few small steps beside it compile what kernels they need, so that no request waits for that.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from pdengine.engine.worker_config import ITEM_BYTES, StartupError, WorkerConfig
 from pdengine.models.config import ModelConfig
 from pdengine.transport.messages import SamplingParams
 
+MAX_HIDDEN_SIZE, MAX_HEAD_DIM = 16384, 256  # of the kernels, which a worker on a CPU does not import
 TRIAL_BLOCKS = 16  # of the pool for the measurement
 
 
@@ -27,6 +28,16 @@ class GpuUse:
     free: int  # that no process holds, all of torch's unused memory given back
     weights: int
     step: int  # the peak of what a step adds
+
+
+def check_gpu_model(model: ModelConfig) -> None:
+    """Raise StartupError for sizes that the kernels do not take."""
+    for name, size, limit in (
+        ("hidden size", model.hidden_size, MAX_HIDDEN_SIZE),
+        ("head dimension", model.head_dim, MAX_HEAD_DIM),
+    ):
+        if size > limit:
+            raise StartupError(f"the model's {name} is {size}, on a GPU it can be at most {limit}")
 
 
 def measure_gpu_use(device: torch.device, run_step: Callable[[], object]) -> GpuUse:
@@ -51,6 +62,15 @@ def measure_gpu_use(device: torch.device, run_step: Callable[[], object]) -> Gpu
     return GpuUse(total, free, weights, peak - weights)
 
 
+def trial_steps(config: WorkerConfig, model: ModelConfig) -> list[list[Chunk]]:
+    """The largest step, and then small ones whose kernels are specialised in another way: the longest context
+    alone, and prompts of all sizes up to the budget."""
+    alone = _chunks(config, model, [1])
+    longest = min(config.max_batch_tokens, model.max_position_embeddings)
+    sizes = [2**power for power in range(1, longest.bit_length())]
+    return [largest_step(config, model), alone, *(_chunks(config, model, [size]) for size in sizes)]
+
+
 def largest_step(config: WorkerConfig, model: ModelConfig) -> list[Chunk]:
     """As many sequences and tokens as a step can have, all of them sampled; for a pool of TRIAL_BLOCKS.
 
@@ -63,13 +83,21 @@ def largest_step(config: WorkerConfig, model: ModelConfig) -> list[Chunk]:
         more = min(left, longest - 1)
         sizes[index] += more
         left -= more
+    return _chunks(config, model, sizes)
+
+
+def _chunks(config: WorkerConfig, model: ModelConfig, sizes: list[int]) -> list[Chunk]:
+    """New tokens by sequence; a sequence with one is a decode of the longest context."""
+    longest = model.max_position_embeddings
+    decoded = [0] * longest  # the same list for all of them: a context can have millions of tokens
     block_ids = [index % TRIAL_BLOCKS for index in range(blocks_for(longest, config.block_size))]
     sampling = SamplingParams(max_tokens=1, temperature=1.0, top_k=50, top_p=0.9, seed=0)
     chunks = []
     for size in sizes:
-        length = longest if size == 1 else size
+        token_ids = decoded if size == 1 else [0] * size
+        length = len(token_ids)
         sequence = Sequence(
-            "", 0, Mode.WHOLE, sampling, length, [0] * length, block_ids=block_ids, num_computed=length - size
+            "", 0, Mode.WHOLE, sampling, length, token_ids, block_ids=block_ids, num_computed=length - size
         )
         chunks.append(Chunk(sequence, size))
     return chunks

@@ -98,8 +98,7 @@ class Pushes:
     def write_after_layer(self, chunks: Sequence_[Chunk]) -> Callable[[int], None] | None:
         """What to call with each layer that a step has finished; None if nothing of the step is pushed.
 
-        A block is written once, when all of it is computed, so that no write can overtake a newer one. The
-        layer must be in memory by then, as it is on the CPU.
+        A block is written once, when all of it is computed, so that no write can overtake a newer one.
         """
         writes = []
         for chunk in chunks:

@@ -23,16 +23,33 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, chunks: Sequence_[Chunk], after_layer: Callable[[int], None] | None = None) -> list[int]:
-        """Compute `chunks`; the next token of each chunk that samples, in order. after_layer: see Decoder."""
+        """Compute `chunks`; the next token of each chunk that samples, in order.
+
+        When it returns, all that the step has stored is in memory: peers may read it, and blocks may be given
+        to others. after_layer: see Decoder; what is called finds that layer in memory, too.
+        """
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # every thread has one of its own; kernels are launched on it
+            after_layer = after_layer and self._waiting(after_layer)
         batch = build_batch(chunks, self._kv_cache.block_size, self._upload)
         hidden = self._model(
             batch.token_ids, batch.positions, self._kv_cache.pool, batch.attention, after_layer
         )
         if not batch.sampled:
+            self._wait()
             return []
         logits = self._model.logits(hidden[batch.sampled_rows])
-        # The one place that waits for the device: after it, all that the step has stored is in memory.
+        # Reading the tokens waits for the device, once per step.
         token_ids: list[int] = self._model.kernels.sample(logits, batch.sampling).tolist()
         return token_ids
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+
+    def _waiting(self, after_layer: Callable[[int], None]) -> Callable[[int], None]:
+        def wait_and_call(layer: int) -> None:
+            self._wait()
+            after_layer(layer)
+
+        return wait_and_call

@@ -20,10 +20,11 @@ from pdengine.engine.devices import open_device
 from pdengine.engine.engine import Engine
 from pdengine.engine.gpu_memory import (
     TRIAL_BLOCKS,
+    check_gpu_model,
     describe_gpu_use,
-    largest_step,
     measure_gpu_use,
     plan_gpu_memory,
+    trial_steps,
 )
 from pdengine.engine.kv_cache import LAYOUT, KVCache, dtype_name
 from pdengine.engine.memory import (
@@ -147,8 +148,9 @@ def run_worker(config: WorkerConfig, *, progress: Callable[[int, int], None] | N
 
 
 def _check_room(config: WorkerConfig, model: ModelConfig, device: torch.device) -> None:
-    """Raise StartupError if it is sure before anything is loaded that the memory is too small."""
+    """Raise StartupError if it is sure before anything is loaded that the model cannot be served here."""
     if device.type == "cuda":
+        check_gpu_model(model)
         free, _ = torch.cuda.mem_get_info(device)
         check_weights(config, model, free)
         return
@@ -165,9 +167,9 @@ def _plan(config: WorkerConfig, model: Decoder, dtype: torch.dtype, device: torc
         model.config, num_blocks=TRIAL_BLOCKS, block_size=config.block_size, dtype=dtype, device=device
     )
     trial.pool.zero_()
-    runner, chunks = Runner(model, trial, device), largest_step(config, model.config)
-    logger.info("trying a step of %d sequences, which compiles the kernels", len(chunks))
-    use = measure_gpu_use(device, lambda: runner.run(chunks))
+    runner, steps = Runner(model, trial, device), trial_steps(config, model.config)
+    logger.info("trying %d steps, which compiles the kernels", len(steps))
+    use = measure_gpu_use(device, lambda: [runner.run(chunks) for chunks in steps])
     plan = plan_gpu_memory(config, model.config, use)
     logger.info("%s", describe_gpu_use(plan, use))
     return plan

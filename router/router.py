@@ -467,11 +467,17 @@ class Router:
         self._send(worker.identity, message)
 
     def _send(self, identity: bytes, message: Message) -> None:
-        # A worker that cannot be reached sends no heartbeats either: `_tick` finds out.
         try:
             self._workers.send(identity, message)
         except SendFailed as error:
             logger.warning("%s was not sent to a worker: %s", type(message).__name__, error)
+            # Soon, not here: the caller is in the middle of something. If it lives, it will join again.
+            asyncio.get_running_loop().call_soon(self._lose_unreachable, identity)
+
+    def _lose_unreachable(self, identity: bytes) -> None:
+        worker = self._registry.by_identity(identity)
+        if worker is not None:
+            self._lose_workers([worker], "it cannot be reached")
 
     # ---------------------------------------------------------------------------------- tokens
 

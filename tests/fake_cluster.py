@@ -40,7 +40,7 @@ from pdengine.transport.messages import (
     Work,
 )
 from pdengine.transport.regions import RegionDescriptor
-from pdengine.transport.sockets import PeerSocket, SendFailed
+from pdengine.transport.sockets import PeerSocket, SendFailed, ServerSocket
 
 DEADLINE_SECONDS = 20.0
 BLOCK_SIZE = 16
@@ -223,9 +223,19 @@ class FakeCluster:
             while self._reaches(identity):
                 await asyncio.sleep(0)
 
-    def _reaches(self, identity: bytes) -> bool:
+    async def drop_worker(self, worker: FakeWorker) -> None:
+        """Close the connection of a worker, and wait until the router's socket knows."""
+        entry = self.router._registry.get(worker.engine_id)
+        assert entry is not None
+        await worker.close()
+        self.peers.remove(worker)
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while self._reaches(entry.identity, self.router._workers):
+                await asyncio.sleep(0)
+
+    def _reaches(self, identity: bytes, server: "ServerSocket[Any] | None" = None) -> bool:
         try:
-            self.router._clients.send(identity, Malformed("are you there?"))
+            (server or self.router._clients).send(identity, Malformed("are you there?"))
         except SendFailed:
             return False
         return True

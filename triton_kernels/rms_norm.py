@@ -53,7 +53,7 @@ def _tile(hidden: int) -> tuple[int, int, int]:
     return rows, columns, min(max(rows * columns // 512, 2), 32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _add_rms_norm_kernel(
     residual_ptr: tl.tensor,  # [tokens, hidden] float32, changed if HAS_UPDATE
     update_ptr: tl.tensor,  # [tokens, hidden]

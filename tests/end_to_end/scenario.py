@@ -14,9 +14,12 @@ from deployment import Deployment
 
 from pdengine.client import Client, Completion
 
+# An answer that is continued elsewhere is the same as long as no choice in it is nearer than the rounding of
+# float32, about 1e-5 here, which depends on the batch. Of the prompts and seeds with answers of hundreds of
+# tokens those were taken whose nearest choice is more than 3e-4 apart; one in a few of them has a nearer one.
 FLOAT32 = ("--dtype", "float32")
 GREEDY: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
-SAMPLED: dict[str, Any] = {"temperature": 1.0, "top_p": 0.95, "seed": 11, "ignore_eos": True}
+SAMPLED: dict[str, Any] = {"temperature": 1.0, "top_p": 0.95, "seed": 13, "ignore_eos": True}
 CLIENT_SECONDS = 120.0  # no request of these tests may take longer
 BLOCK_BYTES = 2 * 3 * 2 * 16 * 32 * 4  # KV heads, layers, K and V, tokens, head_dim, float32
 

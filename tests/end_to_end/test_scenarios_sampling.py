@@ -92,7 +92,8 @@ def test_the_end_of_the_sequence_on_the_first_token(
         {"temperature": 2.0},
         {"temperature": 1.0, "top_k": 5},
         {"temperature": 1.0, "top_p": 0.5},
-        {"temperature": 1.5, "top_k": 20, "top_p": 0.9},
+        {"temperature": 1.0, "min_p": 0.05},
+        {"temperature": 1.5, "top_k": 20, "top_p": 0.9, "min_p": 0.01},
     ],
     ids=str,
 )

@@ -17,11 +17,14 @@ from pdengine.engine.device_memory import CudaContext, CudaError, DeviceMemory
 from pdengine.engine.gpu_memory import TRIAL_BLOCKS, largest_step, measure_gpu_use
 from pdengine.engine.kv_cache import KVCache
 from pdengine.engine.runner import Runner
+from pdengine.engine.scheduler import Chunk
+from pdengine.engine.sequence import Mode, Sequence
 from pdengine.engine.step_upload import upload_for
 from pdengine.engine.worker_config import WorkerConfig
 from pdengine.models.config import load_config
 from pdengine.models.demo.facts import checkpoint_directory
 from pdengine.models.weights import load_decoder
+from pdengine.transport.messages import SamplingParams, Work
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that torch can use")
 MIB = 2**20
@@ -190,3 +193,24 @@ def test_a_step_waits_for_the_gpu_once() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert read[0].tolist() == tokens
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_step_that_samples_nothing_is_complete_when_it_returns() -> None:
+    """Peers may read the blocks of a prompt's first chunk as soon as the step has returned."""
+    config = load_config(checkpoint_directory())
+    device = torch.device("cuda", 0)
+    model = load_decoder(checkpoint_directory(), config, dtype=torch.bfloat16, device=device)
+    cache = KVCache(config, num_blocks=64, block_size=16, dtype=torch.bfloat16, device=device)
+    cache.pool.zero_()
+    sequence = Sequence.from_work(
+        Work("request", 1, [5] * 1000, [], SamplingParams(max_tokens=1, seed=0)), Mode.PREFILL
+    )
+    sequence.block_ids = list(range(63))
+    Runner(model, cache, device).run([Chunk(sequence, 800)])
+    with torch.cuda.stream(torch.cuda.Stream(device)):  # it does not wait for the stream of the step
+        copied = cache.pool[:50].clone()
+    torch.cuda.synchronize(device)
+    assert torch.equal(copied, cache.pool[:50])
+    assert copied[49].abs().sum() > 0

@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from pdengine.engine.gpu_memory import (
     TRIAL_BLOCKS,
     GpuUse,
+    check_gpu_model,
     describe_gpu_use,
     largest_step,
     measure_gpu_use,
     plan_gpu_memory,
+    trial_steps,
 )
 from pdengine.engine.kv_cache import KVCache
 from pdengine.engine.memory import kv_block_bytes
@@ -93,6 +95,21 @@ def test_no_step_is_larger_than_the_one_that_is_tried(
         assert 1 <= len(chunk.sequence.token_ids) <= context
         assert len(chunk.sequence.block_ids) * block_size >= len(chunk.sequence.token_ids)
         assert max(chunk.sequence.block_ids) < TRIAL_BLOCKS
+
+
+def test_small_steps_are_tried_too(model: ModelConfig) -> None:
+    config = worker(max_batch_tokens=300, max_requests=3)
+    steps = trial_steps(config, replace(model, max_position_embeddings=100))
+    sizes = [[chunk.num_tokens for chunk in step] for step in steps]
+    assert sizes[1:] == [[1], [2], [4], [8], [16], [32], [64]]
+    assert len(steps[1][0].sequence.token_ids) == 100
+
+
+@pytest.mark.parametrize("sizes", [{"hidden_size": 16385}, {"head_dim": 257}])
+def test_sizes_that_the_kernels_do_not_take_are_refused(sizes: dict[str, int], model: ModelConfig) -> None:
+    check_gpu_model(replace(model, hidden_size=16384, head_dim=256))
+    with pytest.raises(StartupError, match=f"is {next(iter(sizes.values()))}, on a GPU it can be at most"):
+        check_gpu_model(replace(model, **sizes))
 
 
 def test_the_step_that_is_tried_can_be_run() -> None:

@@ -356,6 +356,21 @@ async def send_heartbeats(worker: FakeWorker) -> None:
 
 
 @on_event_loop
+async def test_a_worker_that_cannot_be_reached_is_given_up_at_once() -> None:
+    async with running_cluster() as cluster:
+        dead, living = await cluster.worker("unified", "dead"), await cluster.worker("unified", "living")
+        (entry,) = [entry for entry in cluster.router._registry if entry.engine_id == "living"]
+        entry.assigned["another"] = 1  # so that the dead one comes first
+        await cluster.drop_worker(dead)
+        task = asyncio.create_task(cluster.client.generate("The red violin"))
+        work = (await living.expect(PrefillAndDecode)).work
+        assert work.attempt == 2
+        living.send_tokens(work, RED, finish_reason="stop")
+        assert (await task).token_ids == [RED]
+        del entry.assigned["another"]
+
+
+@on_event_loop
 async def test_what_a_worker_had_that_left_is_done_elsewhere() -> None:
     async with running_cluster() as cluster:
         leaver, other = await cluster.worker("unified"), await cluster.worker("unified")

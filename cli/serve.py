@@ -105,7 +105,8 @@ def router(
 
     if not silence_seconds > heartbeat_seconds:
         raise click.UsageError(
-            f"--silence-seconds {silence_seconds:g} must be more than --heartbeat-seconds {heartbeat_seconds:g}"
+            f"--silence-seconds is {silence_seconds:g}, it must be more than --heartbeat-seconds, "
+            f"which is {heartbeat_seconds:g}"
         )
     log_to_stderr("router")
     with errors_in_one_line():

@@ -17,6 +17,7 @@ from pdengine.engine.runner import Runner
 from pdengine.engine.scheduler import Chunk, Scheduler
 from pdengine.engine.sequence import Mode, Sequence, blocks_for
 from pdengine.transport.messages import (
+    EarlyPullDropped,
     EndPush,
     KVLease,
     Load,
@@ -105,7 +106,17 @@ Command = (
     | Stop
     | TransferEvent
 )
-Report = PromptProgress | Prefilled | Pulled | Reserved | Pushed | StepTokens | WorkRefused | WorkFailed
+Report = (
+    PromptProgress
+    | EarlyPullDropped
+    | Prefilled
+    | Pulled
+    | Reserved
+    | Pushed
+    | StepTokens
+    | WorkRefused
+    | WorkFailed
+)
 Event = Report | LeaseUnneeded | UnwantedPush | PushEnded | PeerConnected | PeerFailed
 
 
@@ -370,6 +381,7 @@ class Engine:
         if pull is None:
             block_ids = self._scheduler.reserve(blocks_for(news.num_cached_tokens, self._block_size))
             if block_ids is None:
+                self._events.append(EarlyPullDropped(news.request_id, news.attempt))
                 return
             pull = self._pulls.start_early(news.request_id, news.attempt, news.lease, block_ids)
         self._pulls.advance(pull, news.num_tokens)
@@ -394,10 +406,11 @@ class Engine:
         self._fail(sequence, reason)
 
     def _give_up(self, pull: Pull, kind: PullFailure, reason: str) -> None:
-        self._metrics.pull_failed(kind)
         if pull.sequence is None:
             self._drop_early(pull)
+            self._events.append(EarlyPullDropped(pull.request_id, pull.attempt))
         else:
+            self._metrics.pull_failed(kind)
             self._fail(pull.sequence, reason)
 
     def _finish_read(self, event: PullCompleted | PullFailed) -> None:

@@ -171,7 +171,8 @@ class Pushes:
             self._scheduler.remove(sequence)
 
     def _end(self, order: EndPush) -> list[PushEvent]:
-        self._ended.append(order)
+        if order not in self._ended:  # it is asked until it is answered
+            self._ended.append(order)
         sequence = self._scheduler.find(order.request_id)
         if sequence is not None and sequence.push is not None and sequence.attempt == order.attempt:
             self._drop_prompt(sequence.push, "aborted")

@@ -140,6 +140,8 @@ class Worker:
         self._borrowed = BorrowedLeases()
         self._uncovered: dict[BorrowedLease, float] = {}  # not confirmed yet -> when that is given up
         self._pushes = False  # as the router says
+        # Told until its writer answers; one that is not met again by the deadline is taken for dead.
+        self._unwanted_pushes: dict[EndPush, tuple[str, float]] = {}
         self._ends_awaited: dict[EndPush, bytes] = {}  # -> who waits for PushEnded
         self._in_engine: set[str] = set()  # requests that were posted to the engine and have not ended
         self._peers: dict[str, Peer] = {}
@@ -175,11 +177,11 @@ class Worker:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            self._send_to_router(Left())
             self._engine.post(Stop())
             for engine_id in list(self._peers):
                 self._forget_peer(engine_id)
             self._transfer.close()
+            self._send_to_router(Left())  # from now on nothing of this worker's is on its way
             self._router.close()
             self._parts.peer_server.close()
             engine_thread.join(timeout=5)
@@ -280,6 +282,7 @@ class Worker:
                     self._meet_peer(peer)
                 case PeerLeft(engine_id):
                     self._forget_peer(engine_id)
+                    self._lose_writer(engine_id)
                 case Prefill(work, may_wait, push_to):
                     self._take_prompt(work, may_wait, push_to)
                 case PrefillAndDecode(work, may_wait):
@@ -400,10 +403,8 @@ class Worker:
                 case LeaseUnneeded(borrowed):
                     self._drop_borrowed(borrowed)
                 case UnwantedPush(writer, order):
-                    if writer in self._peers:
-                        self._send_to_peer(writer, order)
-                    else:
-                        self._engine.post(LoseWriter(writer))
+                    self._unwanted_pushes[order] = (writer, monotonic() + self._parts.lease_seconds)
+                    self._send_to_peer(writer, order)
                 case PushEnded(request_id, attempt):
                     identity = self._ends_awaited.pop(EndPush(request_id, attempt), None)
                     if identity is not None:
@@ -475,6 +476,7 @@ class Worker:
                 self._parts.metrics.leases_expired(1)
                 self._engine.post(FreeLease(lease_id))
             self._renew_borrowed()
+            self._end_pushes(now)
             for borrowed in [b for b, deadline in self._uncovered.items() if deadline <= now]:
                 self._borrowed.remove(borrowed.lease)
                 self._lose_borrowed(borrowed, "the prefill worker did not confirm the lease on its KV cache")
@@ -482,6 +484,20 @@ class Worker:
                 if peer.reconnect_at is not None and peer.reconnect_at <= now:
                     peer.reconnect_at = None
                     self._connect_transfer(peer.descriptor)
+
+    def _end_pushes(self, now: float) -> None:
+        """Ask again: the question or its answer may have been lost with a connection."""
+        for order, (writer, deadline) in list(self._unwanted_pushes.items()):
+            if writer in self._peers:
+                self._send_to_peer(writer, order)
+            elif deadline <= now:
+                self._lose_writer(writer)
+
+    def _lose_writer(self, engine_id: str) -> None:
+        """It is dead, or has left: it writes nothing more."""
+        for order in [o for o, (writer, _) in self._unwanted_pushes.items() if writer == engine_id]:
+            del self._unwanted_pushes[order]
+        self._engine.post(LoseWriter(engine_id))
 
     # ---------------------------------------------------------------- leases borrowed from peers
 
@@ -537,7 +553,6 @@ class Worker:
         if peer is None:
             return
         self._transfer.disconnect(engine_id)
-        self._engine.post(LoseWriter(engine_id))
         for borrowed in self._borrowed.drop_owner(engine_id):
             self._lose_borrowed(borrowed, "the prefill worker is gone")
         peer.receiver.cancel()
@@ -549,6 +564,7 @@ class Worker:
             if isinstance(message, LeasesRenewed):
                 self._take_renewal(engine_id, message)
             elif isinstance(message, PushEnded):
+                self._unwanted_pushes.pop(EndPush(message.request_id, message.attempt), None)
                 self._engine.post(message)
             else:
                 logger.error("%s did not understand a message: %s", engine_id, message.reason)

@@ -33,6 +33,7 @@ from pdengine.transport.messages import (
     Decode,
     DecodeAccepted,
     Delta,
+    EarlyPullDropped,
     Failed,
     Finished,
     FinishReason,
@@ -397,6 +398,10 @@ class Router:
                     self._take_token(update)
             case PromptProgress():
                 self._pull_early(message)
+            case EarlyPullDropped(request_id, attempt):
+                request = self._ledger.current(request_id, attempt)
+                if request is not None and request.early_worker == worker.engine_id:
+                    self._end_early_transfer(request)
             case Prefilled():
                 self._take_prefilled(worker, message)
             case DecodeAccepted(request_id, attempt):

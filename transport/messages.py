@@ -7,8 +7,9 @@ durations: no clock reading ever crosses the wire.
     any     -> sender   Malformed
     client  -> router   Generate, Cancel, Inquire, GetStatus
     router  -> client   Accepted, Delta, Status, and one Outcome per request
-    worker  -> router   Hello, Heartbeat, Leaving, Left, PeerLink, PromptProgress, Prefilled, DecodeAccepted,
-                        Pulled, Reserved, Pushed, StepTokens, WorkRefused, WorkFailed, LeasesRenewed
+    worker  -> router   Hello, Heartbeat, Leaving, Left, PeerLink, PromptProgress, EarlyPullDropped,
+                        Prefilled, DecodeAccepted, Pulled, Reserved, Pushed, StepTokens, WorkRefused,
+                        WorkFailed, LeasesRenewed
     router  -> worker   Welcome, Refused, HeartbeatReply, PeerJoined, PeerLeft, Prefill, PullEarly, Reserve,
                         Decode, PrefillAndDecode, Abort, RenewLeases, ReleaseLeases
     decode  -> prefill  RenewLeases, ReleaseLeases, EndPush
@@ -336,6 +337,13 @@ class Prefilled(Message, frozen=True):
     pushed: bool = False
 
 
+class EarlyPullDropped(Message, frozen=True):
+    """This worker has nothing of a prompt that it was told to pull early: no room, or the pull has failed."""
+
+    request_id: str
+    attempt: int
+
+
 class DecodeAccepted(Message, frozen=True):
     """From now on this worker renews the lease."""
 
@@ -531,6 +539,7 @@ WorkerToRouter = (
     | Left
     | PeerLink
     | PromptProgress
+    | EarlyPullDropped
     | Prefilled
     | DecodeAccepted
     | Pulled

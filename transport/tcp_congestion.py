@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,15 +21,26 @@ def without_bbr() -> Iterator[None]:
     often wrong by a factor of four: measured, pulls run at 1 or at 4 GB/s, by chance. Connections that a
     listening socket accepts inherit its choice.
     """
-    if not DEFAULT_ALGORITHM.read_text().startswith("bbr"):
+    if not _default_algorithm().startswith("bbr"):
         yield
         return
     before = _descriptors()
     yield
     for descriptor in _descriptors() - before:
-        with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as opened:
-            if opened.family in (socket.AF_INET, socket.AF_INET6) and opened.type == socket.SOCK_STREAM:
-                _choose(opened)
+        with suppress(OSError):  # another thread has closed it meanwhile
+            if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(descriptor)) as opened:
+                if opened.family in (socket.AF_INET, socket.AF_INET6) and opened.type == socket.SOCK_STREAM:
+                    _choose(opened)
+
+
+def _default_algorithm() -> str:
+    """Empty where /proc does not say."""
+    try:
+        return DEFAULT_ALGORITHM.read_text()
+    except OSError:
+        return ""
 
 
 def _choose(opened: socket.socket) -> None:

@@ -37,7 +37,8 @@ class WorkerAddress(msgspec.Struct, frozen=True, array_like=True):
 
 @dataclass(eq=False)
 class _Peer:
-    """key: the name of this connection on its path; an engine that connects again gets another.
+    """key: the name of this connection on its path; an engine that connects again gets another, so that late
+    events of the old one are known as such, and ignored.
 
     path: None while the mapping is tried; pulls wait for the outcome.
     """
@@ -47,6 +48,7 @@ class _Peer:
     ucx_address: bytes
     region: RegionDescriptor
     path: Transfer | None = None
+    is_connected: bool = False  # PeerConnected was delivered
     waiting: list[tuple[int, Sequence[Run]]] = field(default_factory=list)
 
 
@@ -55,8 +57,8 @@ class TwoPathTransfer:
 
     Whether a peer is on this host is tried, not guessed: only one that shares the network namespace and the
     user can hand over its pool. `PeerConnected.lanes` is "mapping", or the lanes of UCX, which is connected
-    only where the mapping cannot be used. With `same_host="ucx"` this worker neither maps nor offers, and so it
-    must be with a pool in GPU memory, which `cuda` describes.
+    only where the mapping cannot be used. With `same_host="ucx"` this worker neither maps nor offers; a pool
+    in GPU memory, which `cuda` describes, needs that.
 
     `deliver` is called on threads of both paths; `on_fatal` if one of them dies. Raises what `UcxTransfer`
     and `MappingTransfer` raise.
@@ -167,7 +169,7 @@ class TwoPathTransfer:
             self._closed = True
             peers, self._peers = self._peers, {}
             for peer in peers.values():
-                self._fail_waiting(peer, "the transfer is closed")
+                self._report_end(peer, "the transfer is closed")
         # Without the lock: both wait for threads that deliver events, which take it.
         if self._mapping is not None:
             self._mapping.close()
@@ -180,7 +182,7 @@ class TwoPathTransfer:
 
     def _drop(self, peer: _Peer, reason: str) -> None:
         """Disconnect a peer that is no longer in the table."""
-        self._fail_waiting(peer, reason)
+        self._report_end(peer, reason)
         path = self._mapping if peer.path is None else peer.path
         if path is not None:
             path.disconnect(peer.key)
@@ -190,10 +192,13 @@ class TwoPathTransfer:
         for pull_id, runs in waiting:
             path.pull(pull_id, peer.key, runs)
 
-    def _fail_waiting(self, peer: _Peer, reason: str) -> None:
+    def _report_end(self, peer: _Peer, reason: str) -> None:
+        """What has no outcome yet gets one here: from now on events of this connection are ignored."""
         waiting, peer.waiting = peer.waiting, []
         for pull_id, _ in waiting:
             self._deliver(PullFailed(pull_id, reason))
+        if not peer.is_connected:
+            self._deliver(PeerFailed(peer.engine_id, reason))
 
     # Events of the paths, on their threads
 
@@ -206,12 +211,10 @@ class TwoPathTransfer:
                         assert self._mapping is not None
                         peer.path = self._mapping
                         self._start_waiting(peer, self._mapping)
-                    self._announce(key, peer, lanes)
+                        self._announce(peer, lanes)
                 case PeerFailed(key, reason):
                     peer = self._current(key)
-                    if peer is None:
-                        self._deliver(PeerFailed(_engine_of(key), reason))
-                    else:
+                    if peer is not None:
                         logger.info("the memory of %s is not mapped: %s", peer.engine_id, reason)
                         self._connect_ucx(peer)
                 case _:
@@ -221,20 +224,20 @@ class TwoPathTransfer:
         with self._lock:
             match event:
                 case PeerConnected(key, lanes):
-                    self._announce(key, self._current(key), lanes)
+                    peer = self._current(key)
+                    if peer is not None:
+                        self._announce(peer, lanes)
                 case PeerFailed(key, reason):
-                    if self._current(key) is not None:
-                        del self._peers[_engine_of(key)]
-                    self._deliver(PeerFailed(_engine_of(key), reason))
+                    peer = self._current(key)
+                    if peer is not None:
+                        del self._peers[peer.engine_id]
+                        self._deliver(PeerFailed(peer.engine_id, reason))
                 case _:
                     self._deliver(event)
 
-    def _announce(self, key: str, peer: _Peer | None, lanes: str) -> None:
-        """peer: None if it was disconnected while its path connected."""
-        if peer is None:
-            self._deliver(PeerFailed(_engine_of(key), "the peer was disconnected"))
-        else:
-            self._deliver(PeerConnected(peer.engine_id, lanes))
+    def _announce(self, peer: _Peer, lanes: str) -> None:
+        peer.is_connected = True
+        self._deliver(PeerConnected(peer.engine_id, lanes))
 
     def _current(self, key: str) -> _Peer | None:
         """The peer of this connection, unless it was disconnected or connected again since."""

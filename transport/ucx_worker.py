@@ -23,7 +23,7 @@ _RESOURCE = re.compile(r"resource \d+\s*:.*?--\s*(\S+)")
 _LANE = re.compile(r"lane\[\d+\]:\s+\d+:(\S+)\.\d+\s+md\[")
 
 
-class MappedMemory(NamedTuple):
+class RegisteredMemory(NamedTuple):
     handle: int  # ucp_mem_h
     remote_key: bytes
 
@@ -69,7 +69,7 @@ class UcxWorker:
         everything, network = self._address(0), self._address(ucx.UCP_WORKER_ADDRESS_FLAG_NET_ONLY)
         return pack_address(UcxAddress(everything, network, shared_memory_namespaces()))
 
-    def map_memory(self, address: int, num_bytes: int) -> MappedMemory:
+    def map_memory(self, address: int, num_bytes: int) -> RegisteredMemory:
         """Register memory until `close`."""
         parameters = self._ffi.new("ucp_mem_map_params_t *")
         parameters.field_mask = ucx.UCP_MEM_MAP_PARAM_FIELD_ADDRESS | ucx.UCP_MEM_MAP_PARAM_FIELD_LENGTH
@@ -86,7 +86,7 @@ class UcxWorker:
         self._check(self._ucp.ucp_rkey_pack(self._context, memory[0], buffer, size), "ucp_rkey_pack")
         remote_key = bytes(self._ffi.buffer(buffer[0], size[0]))
         self._ucp.ucp_rkey_buffer_release(buffer[0])
-        return MappedMemory(handle, seal(remote_key))
+        return RegisteredMemory(handle, seal(remote_key))
 
     def get_parameters(self, memory: int | None) -> int:
         """The address of the ucp_request_param_t for GETs into mapped memory, or into any memory (None)."""

@@ -23,7 +23,15 @@ from pdengine.engine.runner import Runner
 from pdengine.engine.scheduler import Chunk, Scheduler, SchedulerConfig
 from pdengine.engine.sequence import Mode
 from pdengine.transport.memory_transfer import Fabric, MemoryTransfer
-from pdengine.transport.messages import KVLease, Prefilled, PromptProgress, PullEarly, Pulled, StepTokens
+from pdengine.transport.messages import (
+    EarlyPullDropped,
+    KVLease,
+    Prefilled,
+    PromptProgress,
+    PullEarly,
+    Pulled,
+    StepTokens,
+)
 from pdengine.transport.regions import RegionDescriptor, describe_region
 from pdengine.transport.transfer import PeerConnected
 
@@ -149,6 +157,7 @@ class EngineWorker:
         self._progress: queue.SimpleQueue[PromptProgress] = (
             queue.SimpleQueue()
         )  # an offer: nobody must take it
+        self.num_dropped = 0  # early pulls
         self._num_settled = 0
         self._thread = threading.Thread(target=self._run, name=engine_id, daemon=True)
         self._thread.start()
@@ -287,6 +296,8 @@ class EngineWorker:
         for event in events:
             if isinstance(event, LeaseUnneeded):
                 self.unneeded.append(event.borrowed)
+            elif isinstance(event, EarlyPullDropped):
+                self.num_dropped += 1
             elif isinstance(event, PromptProgress):
                 self._progress.put(event)
             else:

@@ -116,6 +116,7 @@ def test_without_room_nothing_is_pulled_early(start_pair: StartPair, options: di
     for news in progress:
         pair.decode.pull_early(news, NUM_CACHED)
     pair.decode.settle()
+    assert pair.decode.num_dropped == NUM_CHUNKS_BEFORE_THE_LAST
     assert len(pair.decode.transfer.held) == 1
     assert pair.decode.engine.load.running == 1
     pair.decode.decode("request", LONG_PROMPT, prefilled)
@@ -184,6 +185,7 @@ def test_an_early_pull_without_news_is_given_up(start_pair: StartPair) -> None:
     pair.decode.pull_early(progress[0], NUM_CACHED)
     while free_blocks(pair.decode) < 16:
         pass
+    assert pair.decode.num_dropped == 1
     pair.free(prefilled)
 
 

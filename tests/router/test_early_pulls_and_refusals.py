@@ -1,5 +1,7 @@
 """The router between scripted workers: prompts pulled while they are computed, and work that is refused."""
 
+import asyncio
+
 import pytest
 from fake_cluster import FakeCluster, FakeWorker, on_event_loop, running_cluster
 
@@ -7,6 +9,7 @@ from pdengine.client import Failed, Rejected
 from pdengine.transport.messages import (
     Abort,
     Decode,
+    EarlyPullDropped,
     KVLease,
     Leaving,
     Left,
@@ -206,9 +209,31 @@ async def test_when_all_have_refused_the_least_loaded_one_queues_it() -> None:
 async def test_the_only_worker_may_queue_it() -> None:
     async with running_cluster() as cluster:
         worker = await cluster.worker("unified")
-        task, work = await cluster.start_request(worker, max_tokens=1)
-        worker.send_tokens(work, RED, finish_reason="length")
+        task = asyncio.create_task(cluster.client.generate("The red violin", max_tokens=1))
+        offer = await worker.expect(PrefillAndDecode)
+        assert offer.may_wait
+        worker.send_tokens(offer.work, RED, finish_reason="length")
         await task
+
+
+@on_event_loop
+async def test_who_has_dropped_its_early_pull_is_not_waited_for() -> None:
+    async with running_cluster() as cluster:
+        prefill = await cluster.worker("prefill")
+        first = await cluster.worker("decode", "first")
+        task, work = await cluster.start_request(prefill, max_tokens=2)
+        send_progress(prefill, work, 2)
+        await first.expect(PullEarly)
+        first.send(EarlyPullDropped(work.request_id, work.attempt))
+        await first.sync()
+        second = await cluster.worker("decode", "second")
+        (entry,) = [entry for entry in cluster.router._registry if entry.engine_id == "first"]
+        assert not entry.assigned
+        entry.assigned["another"] = 1
+        prefill.send_prefilled(work, VIOLIN)
+        await finish(second, (await second.expect(Decode)).work)
+        assert (await task).decode_worker == "second"
+        del entry.assigned["another"]
 
 
 @on_event_loop

@@ -34,10 +34,12 @@ def test_sockets_of_the_block_and_those_they_accept_are_changed(
     monkeypatch.setattr(tcp_congestion, "PREFERRED", ("no such algorithm", "reno"))
     with socket.socket() as before:
         unchanged = algorithm_of(before)
+        num_open = len(os.listdir("/proc/self/fd"))
         with without_bbr():
             server = socket.create_server(("127.0.0.1", 0))
             datagrams = socket.socket(type=socket.SOCK_DGRAM)
             pipe = os.pipe()
+        assert len(os.listdir("/proc/self/fd")) == num_open + 4, "nothing is left open"
         with server, datagrams, socket.create_connection(server.getsockname()):
             accepted, _ = server.accept()
             with accepted:

@@ -34,4 +34,4 @@ class CompileCase:
     constants: Mapping[str, object]
     num_warps: int = 4
     num_stages: int = 3
-    divisible_by_16: tuple[str, ...] = ()  # integers that are multiples of 16 at every launch, such as strides
+    divisible_by_16: tuple[str, ...] = ()  # integers, at every launch; such as strides

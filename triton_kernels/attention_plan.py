@@ -1,7 +1,7 @@
 """Which program of the attention kernels does which part of a step, computed on the host once per step.
 
-Every program is listed: no grid is padded to the longest sequence, so a batch of very different lengths wastes
-nothing. The lists go to the device in one asynchronous copy each.
+Every program is listed: no grid is padded to the longest sequence, so a batch of very different lengths
+wastes nothing. The lists go to the device in one asynchronous copy each.
 """
 
 from dataclasses import dataclass
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from pdengine.triton_kernels.attention_tiles import DecodeTile, PrefillTile
 
-# A decode program's start, end and first loads take about as long as this many tiles of its loop.
-PROGRAM_COST_IN_TILES = 2.0
-# What the second kernel of a split adds to the step, in tiles: its launch, and the round trip of the parts.
-REDUCTION_COST_IN_TILES = 8.0
+# Estimates, in the time that a full device takes for one tile per program (about 3 us on an H200):
+PROGRAM_COST = 1.0  # a decode program's start, first loads and end
+REDUCTION_COST = 2.0  # the launch of the second kernel, and the way of the partial results to it
+# The share of the programs a device can run at once that already reads at the memory's full rate.
+SATURATING_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class DecodePlan:
     """
 
     parts: Tensor  # [parts, 4] int32: sequence, first token, end token, row of its partial result or -1
-    reductions: Tensor  # [split sequences, 3] int32: sequence, row of its first partial result, number of parts
+    reductions: Tensor  # [split sequences, 3] int32: sequence, row of its first part, number of parts
     partial_outputs: Tensor  # [rows, num_heads, head_dim] float32
     partial_lse: Tensor  # [rows, num_heads] float32: log2 of the sum of 2 ** score
     tile: DecodeTile
@@ -36,7 +37,7 @@ class DecodePlan:
 
 @dataclass(frozen=True)
 class PrefillPlan:
-    """The tiles of the chunks. The rows of a chunk are its (token, query head of the group), heads fastest."""
+    """The tiles of the chunks. The rows of a chunk are its (token, head of the group), heads fastest."""
 
     tiles: Tensor  # [tiles, 5] int32: sequence, first query token, new tokens, context length, first row
     tile: PrefillTile
@@ -100,18 +101,24 @@ def plan_decodes(
 
 
 def tiles_per_part(num_tiles: NDArray[np.int32], num_kv_heads: int, num_resident: int) -> int:
-    """The size of parts that ends soonest, when `num_resident` programs run at once.
+    """The size of parts, in tiles, with which a step should end soonest on `num_resident` programs at once.
 
-    `num_tiles` is that of each sequence. Sizes are tried in steps of a fifth or less; one part per sequence
-    needs no reduction and wins where it is about as good.
+    `num_tiles` is that of each sequence. The largest parts start first: they run in waves, the last of which
+    shares the device with the remainders, or has it for itself and runs faster, but may leave it idle. A
+    sequence in one part needs no reduction.
     """
     largest = int(num_tiles.max())
-    sizes = np.unique(np.ceil(largest / 1.2 ** np.arange(1 + np.log(largest) / np.log(1.2))).astype(np.int64))
-    programs = num_kv_heads * (-(-num_tiles[:, None] // sizes)).sum(axis=0)
-    # Whole waves of programs; and no wave ends before what is to be read has been read at the full rate.
-    waves = np.maximum(np.ceil(programs / num_resident), 1)
-    costs = waves * (sizes + PROGRAM_COST_IN_TILES) + REDUCTION_COST_IN_TILES * (sizes < largest)
-    return int(sizes[len(sizes) - 1 - np.argmin(costs[::-1])])
+    num_sizes = 1 + int(np.log(largest) / np.log(1.1))
+    sizes = np.unique(np.ceil(largest / 1.1 ** np.arange(num_sizes + 1)).astype(np.int64))
+    num_full = num_kv_heads * (num_tiles[:, None] // sizes).sum(axis=0)
+    num_programs = num_kv_heads * (-(-num_tiles[:, None] // sizes)).sum(axis=0)
+    full_waves = num_full // num_resident
+    last_share = ((num_programs - full_waves * num_resident) / num_resident).clip(SATURATING_SHARE, 1)
+    last_wave = np.where(num_full > full_waves * num_resident, last_share, 0)
+    waves_end = (full_waves + last_wave) * (sizes + PROGRAM_COST)
+    mean_load = (num_kv_heads * num_tiles.sum() + PROGRAM_COST * num_programs) / num_resident
+    costs = np.maximum(waves_end, mean_load) + REDUCTION_COST * (sizes < largest)
+    return int(sizes[len(sizes) - 1 - np.argmin(costs[::-1])])  # of equals the largest
 
 
 def plan_prefills(
@@ -148,6 +155,6 @@ def plan_prefills(
 
 
 def _to_device(table: NDArray[np.int32], device: torch.device) -> Tensor:
-    """Without waiting for the device: the copy starts from pinned memory, which torch keeps until it is done."""
+    """Without waiting for the device: torch keeps the pinned memory until the copy is done."""
     tensor = torch.from_numpy(np.ascontiguousarray(table))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -1,8 +1,7 @@
 """Tile sizes of the attention kernels, by dtype, head dimension and compute capability.
 
-They are the largest that neither spill registers nor exceed the shared memory, with several programs resident
-per multiprocessor for decode (`compile_report` prints what each takes). They were chosen from what the compiler
-reports; no GPU has timed them yet.
+They neither spill registers nor exceed the shared memory, and leave room for several decode programs per
+multiprocessor. They were chosen from what the compiler reports (`compile_report`); no GPU has timed them yet.
 """
 
 from dataclasses import dataclass
@@ -11,9 +10,8 @@ import torch
 
 from pdengine.triton_kernels.device_limits import DeviceLimits
 
-# What a decode program takes at most, at any tile size; the tests compare it with what the compiler says.
-DECODE_REGISTERS = 168  # per thread
-DECODE_SCRATCH_MEMORY = 10 << 10  # bytes of shared memory besides the tiles of K and V
+# What a thread of a decode program takes at most, at any tile size; the tests ask the compiler.
+DECODE_REGISTERS = 168
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,9 @@ class PrefillTile:
     num_stages: int
 
 
-# By padded head dimension. K and V of a 16-bit tile are 32 KiB; products of float32 run without tensor cores
+# By padded head dimension: K and V of a 16-bit tile are 32 KiB. Products of float32 run without tensor cores
 # and hold both operands in registers.
+MAX_HEAD_DIM = 256
 DECODE_TILES = {64: DecodeTile(128, 4, 3), 128: DecodeTile(64, 4, 3), 256: DecodeTile(32, 4, 3)}
 FLOAT32_DECODE_TILE = DecodeTile(16, 4, 3)
 
@@ -49,12 +48,12 @@ PREFILL_TILES = {
 # Compute capabilities 9 and 10 have more shared memory, and matrix products that read it directly.
 PREFILL_TILES_9_AND_10 = {
     64: PREFILL_TILES[64],
-    128: (PrefillTile(16, 64, 4, 3), PrefillTile(64, 64, 4, 2), PrefillTile(128, 64, 8, 3)),
-    256: (PrefillTile(16, 32, 4, 3), PrefillTile(64, 32, 8, 3)),
+    128: (PrefillTile(16, 64, 4, 3), PrefillTile(64, 32, 4, 3), PrefillTile(128, 64, 8, 3)),
+    256: (PrefillTile(16, 32, 4, 2), PrefillTile(64, 32, 8, 3)),
 }
 FLOAT32_PREFILL_TILES = {
     64: (PrefillTile(16, 16, 4, 2),),
-    128: (PrefillTile(16, 16, 4, 2),),
+    128: (PrefillTile(16, 16, 8, 2),),
     256: (PrefillTile(16, 16, 8, 2),),
 }
 
@@ -77,7 +76,7 @@ def prefill_tiles(dtype: torch.dtype, head_dim: int, capability: int) -> tuple[P
 
 
 def prefill_tile(dtype: torch.dtype, head_dim: int, capability: int, num_rows: int) -> PrefillTile:
-    """The smallest with room for chunks of `num_rows` rows, new tokens times heads of a group; or the largest."""
+    """The smallest with room for `num_rows` rows, new tokens times heads of a group; or the largest."""
     tiles = prefill_tiles(dtype, head_dim, capability)
     return next((tile for tile in tiles if tile.rows >= num_rows), tiles[-1])
 
@@ -86,14 +85,18 @@ def resident_decode_programs(
     tile: DecodeTile, dtype: torch.dtype, head_dim: int, limits: DeviceLimits
 ) -> int:
     """How many decode programs the whole device runs at once."""
-    row_bytes = 2 * padded_head_dim(head_dim) * dtype.itemsize  # K and V of one token
-    shared_memory = (tile.num_stages - 1) * tile.tokens * row_bytes + DECODE_SCRATCH_MEMORY
+    shared_memory = decode_shared_memory(tile, dtype, head_dim)
     per_multiprocessor = limits.resident_programs(shared_memory, DECODE_REGISTERS, tile.num_warps)
     return limits.num_multiprocessors * per_multiprocessor
 
 
+def decode_shared_memory(tile: DecodeTile, dtype: torch.dtype, head_dim: int) -> int:
+    """Bytes of shared memory that a decode program takes, for groups of up to 16 query heads."""
+    dims = padded_head_dim(head_dim)
+    tiles_in_flight = (tile.num_stages - 1) * 2 * tile.tokens * dims
+    queries_and_weights = 16 * (dims + tile.tokens)
+    return (tiles_in_flight + queries_and_weights) * dtype.itemsize
+
+
 def _table_key(head_dim: int) -> int:
-    """Raises ValueError for a head dimension above 256."""
-    if head_dim > 256:
-        raise ValueError(f"head_dim is {head_dim}, the attention kernels take 256 at most")
     return max(64, padded_head_dim(head_dim))

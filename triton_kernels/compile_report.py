@@ -2,9 +2,9 @@
 
     python -m pdengine.triton_kernels.compile_report [--output FILE.json] [--first-cases]
 
-compiles every kernel for compute capability 8.0, 9.0 and 10.0 with the ptxas that comes with Triton, and asks the
-cuobjdump beside it. The exit status is 1 if a kernel spills registers to memory or needs more shared memory
-than a program may have.
+compiles every kernel for compute capability 8.0, 9.0 and 10.0 with the ptxas that comes with Triton, and asks
+the cuobjdump beside it. The exit status is 1 if a kernel spills registers to memory or needs more shared
+memory than a program may have.
 """
 
 import argparse
@@ -54,7 +54,9 @@ class Resources:
 
 def kernel_modules() -> list[str]:
     """The modules of this package that define `ahead_of_time`."""
-    names = [f"{triton_kernels.__name__}.{info.name}" for info in pkgutil.iter_modules(triton_kernels.__path__)]
+    names = [
+        f"{triton_kernels.__name__}.{info.name}" for info in pkgutil.iter_modules(triton_kernels.__path__)
+    ]
     return [name for name in names if hasattr(import_module(name), "ahead_of_time")]
 
 
@@ -95,7 +97,7 @@ def compile_case(case: CompileCase, capability: int) -> Resources:
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
     """Keys as cuobjdump prints them: REG, STACK, SHARED, LOCAL and more."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -110,7 +112,7 @@ def _compile_numbered(module: str, capability: int, first_cases: bool, number: i
 
 
 def measure(first_cases: bool) -> Iterator[Resources]:
-    """Compiles in as many processes as there are cores. Triton keeps what it has compiled for the next time."""
+    """Compiles in as many processes as there are cores. Triton keeps the results for the next time."""
     jobs = [
         (module, capability, first_cases, number)
         for module in kernel_modules()

@@ -2,8 +2,8 @@
 
 A context is split into parts that different programs read at the same time; a second, small kernel joins the
 partial results of sequences with several parts (https://pytorch.org/blog/flash-decoding, and split-KV in
-FlashInfer, arXiv 2501.01005). All query heads of a KV head are the rows of one matrix product, so each K and V
-is read once. The step is bound by that reading: a program keeps several tiles in flight.
+FlashInfer, arXiv 2501.01005). All query heads of a KV head are the rows of one matrix product, so each K and
+V is read once. The step is bound by that reading: a program keeps several tiles in flight.
 """
 
 import math
@@ -81,7 +81,7 @@ def decode_attention(
         )
 
 
-@triton.jit(do_not_specialize=["layer"])
+@triton.jit(do_not_specialize=["layer", "block_table_stride"])
 def attend_part_kernel(
     output: tl.tensor,
     partial_outputs: tl.tensor,
@@ -131,8 +131,7 @@ def attend_part_kernel(
         tokens = start + lanes
         seen = (tokens >= first_token) & (tokens < end_token)
         pointers = head_keys + row_offsets[:, None] + dims[None, :]
-        # The block ids of the next tile are read a turn ahead: the loads of K and V, which are pipelined, then
-        # wait for no other load.
+        # The block ids are read a turn ahead, so that the pipelined loads of K and V wait for no other load.
         row_offsets = key_row_offsets(
             block_table, start + TILE, end_token, pool_block_stride, HEAD_DIM, BLOCK_SIZE, TILE
         )
@@ -198,7 +197,7 @@ def reduce_parts_kernel(
 def ahead_of_time(capability: int) -> Iterator[CompileCase]:
     """See `ahead_of_time.CompileCase`. Groups of up to 16 heads are the same size to the compiler."""
     for dtype, dtype_name in TRITON_TYPES.items():
-        for head_dim, block_size in [(128, 16), (64, 16), (80, 16), (96, 16), (256, 16), (128, 256)]:
+        for head_dim, block_size in [*((head_dim, 16) for head_dim in HEAD_DIMS), (128, 256)]:
             yield _part_case(dtype, dtype_name, head_dim, block_size)
     for dtype_name in TRITON_TYPES.values():
         for head_dim in HEAD_DIMS:
@@ -209,7 +208,7 @@ def _part_case(dtype: torch.dtype, dtype_name: str, head_dim: int, block_size: i
     tile = decode_tile(dtype, head_dim)
     return CompileCase(
         attend_part_kernel,
-        f"{dtype_name} head_dim={head_dim} block_size={block_size} tile={tile.tokens}",
+        f"{dtype_name} head_dim={head_dim} block={block_size} tile={tile.tokens}",
         {
             "output": f"*{dtype_name}",
             "partial_outputs": "*fp32",

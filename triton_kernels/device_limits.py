@@ -9,7 +9,13 @@ from functools import lru_cache
 import torch
 
 REGISTERS_PER_MULTIPROCESSOR = 65_536
-SHARED_MEMORY_PER_MULTIPROCESSOR = {80: 164 << 10, 87: 164 << 10, 90: 228 << 10, 100: 228 << 10, 103: 228 << 10}
+SHARED_MEMORY_PER_MULTIPROCESSOR = {
+    80: 164 << 10,
+    87: 164 << 10,
+    90: 228 << 10,
+    100: 228 << 10,
+    103: 228 << 10,
+}
 SMALLEST_SHARED_MEMORY = 100 << 10  # of 8.6, 8.9 and 12.0
 RESERVED_SHARED_MEMORY = 1 << 10  # per program, taken by the system
 MAX_PROGRAMS_PER_MULTIPROCESSOR = 32  # 24 or 16 on some; our programs are limited by memory long before

@@ -28,7 +28,7 @@ def key_row_offsets(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ) -> tl.tensor:
-    """Element offsets `[TILE]` int64 of the keys of tokens `first_token`, ..., from the head's tile of block 0.
+    """Element offsets `[TILE]` int64 of the keys from `first_token` on, from the head's tile of block 0.
 
     `first_token` is a multiple of TILE. Those at or past `end_token` point to some row of block 0.
     """
@@ -69,8 +69,8 @@ def online_softmax_step(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Take one tile of keys into the running result (FlashAttention-2, arXiv 2307.08691, algorithm 1).
 
-    `scores` `[rows, tile]` are unscaled, -inf where masked; `scale_log2` > 0 is scale * log2(e), so that exp2,
-    which the hardware has, serves for exp. Returns the new accumulated output, total weight and maximum.
+    `scores` `[rows, tile]` are unscaled, -inf where masked; `scale_log2` > 0 is scale * log2(e), so that exp2
+    serves for exp, as it does in hardware. Returns the new accumulated output, total weight and maximum.
     """
     new_maximum = tl.maximum(maximum, tl.max(scores, 1) * scale_log2)
     weights = tl.exp2(scores * scale_log2 - new_maximum[:, None])

@@ -1,19 +1,18 @@
 """Causal attention of chunks of prompts over the paged KV cache, which holds their prefix and themselves.
 
-FlashAttention-2 (arXiv 2307.08691) on chunks of any length, packed without padding. The rows of a tile are the
-(token, query head) pairs of one KV head: its whole group shares each tile of K and V, the triangle at the
-diagonal is narrower, and short chunks fill their tiles. Tiles of keys that every row sees take a loop without masks.
+FlashAttention-2 (arXiv 2307.08691) on chunks of any length, packed without padding. The rows of a tile are
+the (token, query head) pairs of one KV head: its whole group shares each tile of K and V, the triangle at the
+diagonal is narrower, and short chunks fill their tiles. Keys that every row sees take a loop without masks.
 """
 
 import math
 from collections.abc import Iterator
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pdengine.triton_kernels.ahead_of_time import TRITON_TYPES, CompileCase
+from pdengine.triton_kernels.ahead_of_time import HEAD_DIMS, TRITON_TYPES, CompileCase
 from pdengine.triton_kernels.attention_plan import PrefillPlan
 from pdengine.triton_kernels.attention_tiles import PrefillTile, padded_head_dim, prefill_tiles
 from pdengine.triton_kernels.kv_tiles import NO_KEY_YET, dot, key_row_offsets, load_rows, online_softmax_step
@@ -64,7 +63,7 @@ def prefill_attention(
     )
 
 
-@triton.jit(do_not_specialize=["layer"])
+@triton.jit(do_not_specialize=["layer", "block_table_stride"])
 def attend_tile_kernel(
     output: tl.tensor,
     query: tl.tensor,
@@ -105,10 +104,10 @@ def attend_tile_kernel(
     last_position = num_cached + tl.minimum((first_row + ROWS - 1) // GROUP_SIZE, num_tokens - 1)
     positions = tl.minimum(num_cached + tokens, last_position)  # rows past the chunk compute something finite
     # Keys [full_start, full_end) are seen by every row; those before and after must be masked.
-    start, full_start = 0, 0
+    window_start, full_start = 0, 0
     full_end = (first_position + 1) // TILE * TILE
     if WINDOW > 0:
-        start = tl.maximum(first_position + 1 - WINDOW, 0) // TILE * TILE
+        window_start = tl.maximum(first_position + 1 - WINDOW, 0) // TILE * TILE
         full_start = tl.minimum(tl.cdiv(tl.maximum(last_position + 1 - WINDOW, 0), TILE) * TILE, full_end)
 
     block_table = block_tables + sequence * block_table_stride
@@ -116,94 +115,66 @@ def attend_tile_kernel(
     accumulated = tl.zeros([ROWS, PADDED_HEAD_DIM], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     maximum = tl.full([ROWS], NO_KEY_YET, tl.float32)
-    if WINDOW > 0:
-        accumulated, total, maximum = _attend_keys(
-            accumulated, total, maximum, queries, head_keys, block_table, start, full_start, last_position + 1,
-            positions, scale_log2, pool_block_stride, HEAD_DIM, BLOCK_SIZE, WINDOW, ROWS, TILE, PADDED_HEAD_DIM, True,
-        )  # fmt: skip
-    accumulated, total, maximum = _attend_keys(
-        accumulated, total, maximum, queries, head_keys, block_table, full_start, full_end, last_position + 1,
-        positions, scale_log2, pool_block_stride, HEAD_DIM, BLOCK_SIZE, WINDOW, ROWS, TILE, PADDED_HEAD_DIM, False,
-    )  # fmt: skip
-    accumulated, total, maximum = _attend_keys(
-        accumulated, total, maximum, queries, head_keys, block_table, full_end, last_position + 1, last_position + 1,
-        positions, scale_log2, pool_block_stride, HEAD_DIM, BLOCK_SIZE, WINDOW, ROWS, TILE, PADDED_HEAD_DIM, True,
-    )  # fmt: skip
+    for phase in tl.static_range(0 if WINDOW > 0 else 1, 3):
+        if phase == 0:  # the edge of the window
+            phase_start, phase_end = window_start, full_start
+        elif phase == 1:
+            phase_start, phase_end = full_start, full_end
+        else:  # the diagonal
+            phase_start, phase_end = full_end, last_position + 1
+        row_offsets = key_row_offsets(
+            block_table, phase_start, last_position + 1, pool_block_stride, HEAD_DIM, BLOCK_SIZE, TILE
+        )
+        for start in tl.range(phase_start, phase_end, TILE):
+            keys = start + tl.arange(0, TILE)
+            pointers = head_keys + row_offsets[:, None] + dims[None, :]
+            # A turn ahead, so that the pipelined loads of K and V wait for no other load.
+            row_offsets = key_row_offsets(
+                block_table, start + TILE, last_position + 1, pool_block_stride, HEAD_DIM, BLOCK_SIZE, TILE
+            )
+            present = keys <= last_position
+            key = load_rows(pointers, present, dims, HEAD_DIM, PADDED_HEAD_DIM, phase != 1)
+            value_pointers = pointers + BLOCK_SIZE * HEAD_DIM
+            value = load_rows(value_pointers, present, dims, HEAD_DIM, PADDED_HEAD_DIM, phase != 1)
+            scores = dot(queries, tl.trans(key), tl.zeros([ROWS, TILE], tl.float32))
+            if phase != 1:
+                seen = keys[None, :] <= positions[:, None]
+                if WINDOW > 0:
+                    seen = seen & (keys[None, :] > positions[:, None] - WINDOW)
+                scores = tl.where(seen, scores, float("-inf"))
+            accumulated, total, maximum = online_softmax_step(
+                accumulated, total, maximum, scores, value, scale_log2
+            )
 
     output_rows = ((first_query + tokens) * num_kv_heads * GROUP_SIZE + heads) * HEAD_DIM
     attended = (accumulated / total[:, None]).to(output.dtype.element_ty)
     tl.store(output + output_rows[:, None] + dims[None, :], attended, mask)
 
 
-@triton.jit
-def _attend_keys(
-    accumulated: tl.tensor,
-    total: tl.tensor,
-    maximum: tl.tensor,
-    queries: tl.tensor,
-    head_keys: tl.tensor,
-    block_table: tl.tensor,
-    first_token: tl.tensor,
-    end_token: tl.tensor,
-    end_of_keys: tl.tensor,
-    positions: tl.tensor,
-    scale_log2: tl.tensor,
-    pool_block_stride: tl.tensor,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE: tl.constexpr,
-    PADDED_HEAD_DIM: tl.constexpr,
-    MASKED: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """The tiles of keys that start in [first_token, end_token), `first_token` being a multiple of TILE.
-
-    MASKED: some rows do not see some of the keys, or the keys end within the tile.
-    """
-    dims, lanes = tl.arange(0, PADDED_HEAD_DIM), tl.arange(0, TILE)
-    row_offsets = key_row_offsets(
-        block_table, first_token, end_of_keys, pool_block_stride, HEAD_DIM, BLOCK_SIZE, TILE
-    )
-    for start in tl.range(first_token, end_token, TILE):
-        tokens = start + lanes
-        pointers = head_keys + row_offsets[:, None] + dims[None, :]
-        # A turn ahead, so that the pipelined loads of K and V wait for no other load.
-        row_offsets = key_row_offsets(
-            block_table, start + TILE, end_of_keys, pool_block_stride, HEAD_DIM, BLOCK_SIZE, TILE
-        )
-        present = tokens < end_of_keys
-        key = load_rows(pointers, present, dims, HEAD_DIM, PADDED_HEAD_DIM, MASKED)
-        value = load_rows(pointers + BLOCK_SIZE * HEAD_DIM, present, dims, HEAD_DIM, PADDED_HEAD_DIM, MASKED)
-        scores = dot(queries, tl.trans(key), tl.zeros([ROWS, TILE], tl.float32))
-        if MASKED:
-            seen = tokens[None, :] <= positions[:, None]
-            if WINDOW > 0:
-                seen = seen & (tokens[None, :] > positions[:, None] - WINDOW)
-            scores = tl.where(seen, scores, float("-inf"))
-        accumulated, total, maximum = online_softmax_step(
-            accumulated, total, maximum, scores, value, scale_log2
-        )
-    return accumulated, total, maximum
-
-
 def ahead_of_time(capability: int) -> Iterator[CompileCase]:
     """See `ahead_of_time.CompileCase`."""
-    specialisations = [(128, 16, 0), (64, 16, 0), (80, 16, 0), (96, 16, 0), (256, 16, 0)]
-    specialisations += [(128, 256, 0), (128, 16, 4096), (256, 16, 4096)]
+    specialisations = [(head_dim, 4, 16, 0) for head_dim in HEAD_DIMS]
+    specialisations += [
+        (128, 7, 16, 0),
+        (128, 4, 256, 0),
+        (128, 4, 16, 4096),
+        (128, 7, 16, 4096),
+        (256, 4, 16, 4096),
+    ]
     for dtype, dtype_name in TRITON_TYPES.items():
-        for head_dim, block_size, window in specialisations:
+        for head_dim, group_size, block_size, window in specialisations:
             for tile in reversed(prefill_tiles(dtype, head_dim, capability)):
-                yield _compile_case(dtype_name, head_dim, block_size, window, tile)
+                yield _compile_case(dtype_name, head_dim, group_size, block_size, window, tile)
 
 
 def _compile_case(
-    dtype_name: str, head_dim: int, block_size: int, window: int, tile: PrefillTile
+    dtype_name: str, head_dim: int, group_size: int, block_size: int, window: int, tile: PrefillTile
 ) -> CompileCase:
     return CompileCase(
         attend_tile_kernel,
-        f"{dtype_name} head_dim={head_dim} block_size={block_size} tile={tile.rows}x{tile.tokens}"
-        + (f" window={window}" if window else ""),
+        f"{dtype_name} head_dim={head_dim} group={group_size} block={block_size}"
+        + (f" window={window}" if window else "")
+        + f" tile={tile.rows}x{tile.tokens}",
         {
             "output": f"*{dtype_name}",
             "query": f"*{dtype_name}",
@@ -220,7 +191,7 @@ def _compile_case(
             "pool_head_stride": "i32",
         },
         {
-            "GROUP_SIZE": 4,
+            "GROUP_SIZE": group_size,
             "HEAD_DIM": head_dim,
             "BLOCK_SIZE": block_size,
             "WINDOW": window,

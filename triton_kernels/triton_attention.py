@@ -12,7 +12,12 @@ from torch import Tensor
 
 from pdengine.triton_kernels.attention import AttentionBatch
 from pdengine.triton_kernels.attention_plan import AttentionPlan, plan_decodes, plan_prefills
-from pdengine.triton_kernels.attention_tiles import decode_tile, prefill_tile, resident_decode_programs
+from pdengine.triton_kernels.attention_tiles import (
+    MAX_HEAD_DIM,
+    decode_tile,
+    prefill_tile,
+    resident_decode_programs,
+)
 from pdengine.triton_kernels.decode_attention import decode_attention
 from pdengine.triton_kernels.device_limits import device_limits
 from pdengine.triton_kernels.prefill_attention import prefill_attention
@@ -34,8 +39,10 @@ class AttentionShape:
         """Raises ValueError for what the kernels cannot do."""
         if self.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise ValueError(f"dtype is {self.dtype}, attention takes bfloat16, float16 or float32")
+        if self.head_dim > MAX_HEAD_DIM:
+            raise ValueError(f"head_dim is {self.head_dim}, attention takes {MAX_HEAD_DIM} at most")
         if self.block_size & (self.block_size - 1):
-            raise ValueError(f"block_size is {self.block_size}, the attention kernels need a power of two")
+            raise ValueError(f"block_size is {self.block_size}, attention needs a power of two")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window is {self.window}, it must be at least 1")
 
@@ -43,7 +50,7 @@ class AttentionShape:
 def paged_attention(
     query: Tensor, kv_pool: Tensor, layer: int, batch: AttentionBatch, scale: float, window: int | None = None
 ) -> Tensor:
-    """Causal grouped-query attention of the new tokens to their whole context, after their K and V are stored.
+    """Causal grouped-query attention of the new tokens to their whole context, after it was stored.
 
     `query` is `[tokens, num_heads, head_dim]` with any strides but the last, which is 1, of the dtype of
     `kv_pool`: bfloat16, float16 or float32. The result has the same shape and dtype, contiguous. Query head h

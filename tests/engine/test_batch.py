@@ -34,8 +34,21 @@ def test_a_mixed_step() -> None:
     assert batch.attention.query_starts.tolist() == [0, 1, 5, 7]
     assert batch.attention.context_lengths.tolist() == [5, 5, 2]
     assert batch.attention.block_tables.tolist() == [[7, 3], [5, 1], [2, 0]]
+    assert batch.attention.query_starts_on_host == [0, 1, 5, 7]
+    assert batch.attention.context_lengths_on_host == [5, 5, 2]
+    assert batch.attention.num_decodes == 1
     assert batch.sampled == [decoding, whole]
     assert batch.sampled_rows.tolist() == [0, 6]
+
+
+def test_a_chunk_of_one_token_behind_longer_ones_is_not_counted_as_decoding() -> None:
+    chunks = [
+        Chunk(running("decoding", [1, 2], [0], num_computed=1), 1),
+        Chunk(running("prompt", [1, 2, 3], [1]), 3),
+        Chunk(running("what the budget left", [1, 2, 3], [2]), 1),
+    ]
+    assert build_batch(chunks, 4, UPLOAD).attention.num_decodes == 1
+    assert build_batch(chunks[1:], 4, UPLOAD).attention.num_decodes == 0
 
 
 def test_a_step_that_samples_nothing() -> None:

@@ -1,4 +1,4 @@
-"""The torch path of paged attention against dense attention in float64, on pools whose unowned memory is NaN."""
+"""The torch path of paged attention against dense attention in float64."""
 
 import mmap
 

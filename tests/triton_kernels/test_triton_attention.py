@@ -33,8 +33,8 @@ def check(case, attended):
     assert torch.all(error <= bound), f"error is {(error / bound).max():.2f} of what rounding explains"
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(shapes_and_lengths(max_block_size=256), DTYPES, st.none() | st.integers(1, 100))
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(shapes_and_lengths((16, 32, 64, 128, 256), max_sequences=4), DTYPES, st.none() | st.integers(1, 100))
 def test_mixed_batches(device, shape_and_lengths, dtype, window):
     case = make_case(*shape_and_lengths, dtype, window)
     check(case, attend(case, device)[0])
@@ -44,8 +44,7 @@ def test_mixed_batches(device, shape_and_lengths, dtype, window):
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
 def test_contexts_that_are_split_beside_others_that_are_not(device, head_dim, dtype):
     shape = Shape(num_kv_heads=1, group_size=4, head_dim=head_dim, block_size=16)
-    lengths = [(1700, 1), (0, 1), (15, 1), (900, 1), (0, 9), (40, 30)]
-    case = make_case(shape, lengths, dtype)
+    case = make_case(shape, [(900, 1), (0, 1), (15, 1), (300, 1), (0, 9), (20, 12)], dtype)
     attended, plan = attend(case, device)
     assert 1 <= len(plan.decode.reductions) < 4
     check(case, attended)
@@ -60,11 +59,14 @@ def test_lengths_at_and_beside_the_borders_of_blocks(device, block_size):
     check(case, attend(case, device)[0])
 
 
-@pytest.mark.parametrize("window", [1, 16, 63, 64, 65, 200])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("window", "dtype"),
+    [(window, torch.float16) for window in (1, 16, 63, 64, 65, 200)] + [(40, torch.float32)],
+)
 def test_a_window_over_long_contexts(device, window, dtype):
-    lengths = [(700, 1), (window - 1, 1), (window, 1), (0, 300), (250, 40), (window, 2)]
-    case = make_case(SMALL, lengths, dtype, window)
+    shape = Shape(num_kv_heads=1, group_size=3, head_dim=64, block_size=16)
+    lengths = [(700, 1), (window - 1, 1), (window, 1), (0, 150), (250, 20), (window, 2)]
+    case = make_case(shape, lengths, dtype, window)
     check(case, attend(case, device)[0])
 
 
@@ -76,12 +78,12 @@ def test_a_window_is_read_and_nothing_before_it(device):
     check(case, attend(case, device)[0])
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
-@given(st.integers(1, 8), st.integers(1, 3), st.booleans())
+@pytest.mark.parametrize("of_each_head", [False, True])
+@pytest.mark.parametrize(("group_size", "num_kv_heads"), [(1, 3), (4, 2), (7, 1), (8, 1)])
 def test_a_query_that_is_a_part_of_another_tensor(device, group_size, num_kv_heads, of_each_head):
     """A layer without rope hands over its queries where they lie, among keys and values."""
     shape = Shape(num_kv_heads, group_size, head_dim=64, block_size=16)
-    case = make_case(shape, [(40, 1), (70, 1), (3, 18)], torch.float32)
+    case = make_case(shape, [(40, 1), (70, 1), (3, 11)], torch.float32)
     tokens, heads, head_dim = case.query.shape
     around = torch.full((tokens, heads + 2 * num_kv_heads, head_dim * (2 if of_each_head else 1)), torch.nan)
     strided = around[:, :heads, :head_dim]
@@ -91,9 +93,9 @@ def test_a_query_that_is_a_part_of_another_tensor(device, group_size, num_kv_hea
     check(case, attended)
 
 
-@pytest.mark.parametrize("num_resident", [1, 7, 10_000])
+@pytest.mark.parametrize("num_resident", [1, 60, 10_000])
 def test_any_split_gives_the_same(device, num_resident):
-    lengths = [(length - 1, 1) for length in (1, 16, 17, 255, 700, 1024, 1040)]
+    lengths = [(length - 1, 1) for length in (1, 16, 17, 255, 512, 520)]
     case = make_case(SMALL, lengths, torch.float32)
     plan = plan_decodes(
         case.batch.context_lengths_on_host,
@@ -105,21 +107,18 @@ def test_any_split_gives_the_same(device, num_resident):
         num_resident=num_resident,
         device=device,
     )
-    assert (len(plan.reductions) == 0) == (num_resident == 1)
+    assert len(plan.reductions) == {1: 0, 60: 3, 10_000: 4}[num_resident]
     query, batch = case.query.to(device), to_device(case.batch, device)
     output = torch.full_like(query, torch.nan)
-    decode_attention(
-        query, case.pool.to(device), case.layer, batch.block_tables, plan, case.scale, output
-    )
+    decode_attention(query, case.pool.to(device), case.layer, batch.block_tables, plan, case.scale, output)
     check(case, output)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(("head_dim", "capability"), [(64, 80), (128, 80), (128, 90), (256, 90)])
 def test_every_tile_of_the_prefill(device, head_dim, capability):
-    """Chunks longer than a tile, of which every key before the diagonal takes the loop without masks."""
+    """Chunks longer than a tile, and keys before the diagonal, which take the loop without masks."""
     shape = Shape(num_kv_heads=1, group_size=5, head_dim=head_dim, block_size=16)
-    case = make_case(shape, [(0, 150), (200, 33)], torch.bfloat16)
+    case = make_case(shape, [(0, 70), (200, 33)], torch.bfloat16)
     query, batch = case.query.to(device), to_device(case.batch, device)
     for tile in prefill_tiles(torch.bfloat16, head_dim, capability):
         plan = plan_prefills(
@@ -155,7 +154,11 @@ def test_a_result_does_not_depend_on_the_rest_of_the_batch(device, length):
 
 def test_layers_share_a_plan_unless_their_windows_differ(device):
     case = make_case(SMALL, [(40, 1), (3, 18)], torch.float32)
-    batch, query, pool = to_device(case.batch, device), case.query.to(device), case.pool.to(device)
+    batch, query, pool = (
+        to_device(case.batch, device),
+        case.query.to(device),
+        case.pool.nan_to_num().to(device),
+    )
     for layer, window in ((0, None), (1, None), (0, 32), (1, 32)):
         paged_attention(query, pool, layer, batch, case.scale, window)
     assert {shape.window for shape in batch.plans} == {None, 32}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from time import monotonic
 
@@ -52,9 +53,8 @@ def test_the_script_needs_no_installation(tmp_path: Path) -> None:
         "--output",
         str(tmp_path),
     ]
-    result = subprocess.run(
-        script, capture_output=True, text=True, timeout=120, env={**os.environ}, check=False
-    )
+    environment = {**os.environ, "PYTHON": sys.executable}
+    result = subprocess.run(script, capture_output=True, text=True, timeout=120, env=environment, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     ceilings = json.loads((tmp_path / "ceilings.json").read_text())
     assert ceilings["dry_run"] is True

@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,14 @@ PROMPT_LENGTHS = (1, 2, 15, 16, 17, 100, 201, 300)
 NUM_TOKENS = 64
 # Small steps, so that long prompts are computed in chunks beside the decoding of short ones.
 OPTIONS = ("--max-batch-tokens", "64", "--dtype", "float32")
+
+
+# One of each architecture. The others differ in what the tests of the models look at, and take as long.
+ARCHITECTURES = ("llama-gqa", "qwen2-tied", "qwen3", "mistral-linear", "phi3-longrope", "smollm3")
+
+
+def always_or_long(family: str) -> Any:
+    return pytest.param(family, marks=[] if family in ARCHITECTURES else [pytest.mark.long])
 
 
 def prompts() -> list[list[int]]:
@@ -49,7 +58,7 @@ def answers_of(deployment: Deployment) -> list[Completion]:
         return list(threads.map(ask, prompts()))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*map(always_or_long, FAMILIES)])
 def test_unified_and_disaggregated_write_the_tokens_of_transformers(family: str, tmp_path: Path) -> None:
     model = tmp_path / "model"
     write_checkpoint(family, model)

@@ -125,6 +125,8 @@ def test_an_interrupted_run_leaves_no_process(number: signal.Signals, tmp_path: 
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell that runs the tests in the background has them, and their children, ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         deadline = monotonic() + DEADLINE

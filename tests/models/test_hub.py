@@ -71,6 +71,8 @@ class Fetcher:
             env={**self.environment, **environment},
             cwd=self.home.parent,
             text=True,
+            # A shell that runs the tests in the background has them, and their children, ignore it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def __call__(self, *arguments: str, **options: str) -> Path:

@@ -1,6 +1,7 @@
 """A real router in this process, and workers and clients that do over real sockets what a test tells them."""
 
 import asyncio
+import contextlib
 import functools
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -219,9 +220,7 @@ class FakeCluster:
         (identity,) = {request.client for request in self.router._ledger}
         await client.close()
         self.peers.remove(client)
-        async with asyncio.timeout(DEADLINE_SECONDS):
-            while self._reaches(identity):
-                await asyncio.sleep(0)
+        await self._wait_until_gone(self.router._clients, identity)
 
     async def drop_worker(self, worker: FakeWorker) -> None:
         """Close the connection of a worker, and wait until the router's socket knows."""
@@ -229,16 +228,15 @@ class FakeCluster:
         assert entry is not None
         await worker.close()
         self.peers.remove(worker)
-        async with asyncio.timeout(DEADLINE_SECONDS):
-            while self._reaches(entry.identity, self.router._workers):
-                await asyncio.sleep(0)
+        await self._wait_until_gone(self.router._workers, entry.identity)
 
-    def _reaches(self, identity: bytes, server: "ServerSocket[Any] | None" = None) -> bool:
-        try:
-            (server or self.router._clients).send(identity, Malformed("are you there?"))
-        except SendFailed:
-            return False
-        return True
+    async def _wait_until_gone(self, server: ServerSocket[Any], identity: bytes) -> None:
+        """ZeroMQ has no event for it: only a send tells."""
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            with contextlib.suppress(SendFailed):
+                while True:
+                    server.send(identity, Malformed("are you there?"))
+                    await asyncio.sleep(0)
 
     async def start_request(self, worker: FakeWorker, **options: Any) -> tuple[asyncio.Task[Any], Work]:
         """A request by the client, and the work that `worker` got for it."""

@@ -17,7 +17,7 @@ import numpy as np
 from numba import carray, cfunc, njit, types
 from numba.extending import register_jitable
 
-from pdengine.transport.native_calls import call_native, load_int64
+from pdengine.transport.native_calls import call_native, compile_with_cache, load_int64, monotonic_ns
 from pdengine.transport.ucx_library import UcxLibrary
 
 WINDOW = 32  # reads in flight per endpoint; UCX before 1.16 cannot cancel what overflows its queue of 64
@@ -62,7 +62,6 @@ GAP_BOUNDS_NS = tuple(1000 << exponent for exponent in range(24))  # 1 us to 8.4
 NUM_GAP_BUCKETS = len(GAP_BOUNDS_NS) + 1
 
 RANGE_BYTES = 24
-_CLOCK_MONOTONIC = 1
 _UCS_INPROGRESS = 1
 _UCS_ERR_BUSY = -15
 _UCS_ERR_LAST = -100
@@ -99,10 +98,7 @@ def native_functions(library: UcxLibrary) -> NativeFunctions:
 
 def compile_loop() -> NativeLoop:
     """Compile, or load from numba's cache; without a writable cache folder, compile anew."""
-    try:
-        return _compile(cache=True)
-    except (RuntimeError, OSError):  # numba's "no locator available", or a folder that cannot be written
-        return _compile(cache=False)
+    return compile_with_cache(_compile)
 
 
 def _compile(cache: bool) -> NativeLoop:
@@ -130,12 +126,12 @@ def progress_until_news(  # type: ignore[no-untyped-def]
     num_idle_passes = 0
     while True:
         num_events = _post(clock_gettime, clock, endpoints, pulls, requests)
-        _count_gap(_now(clock_gettime, clock), control, gaps)
+        _count_gap(monotonic_ns(clock_gettime, clock), control, gaps)
         for _ in range(PROGRESS_CALLS):
             if call_native(progress, (worker,)) & 0xFFFFFFFF == 0:
                 break
             num_events += 1
-        now = _now(clock_gettime, clock)
+        now = monotonic_ns(clock_gettime, clock)
         control[CONTROL_PROGRESSED_AT] = now
         num_events += _collect(check_status, free, now, endpoints, pulls, requests)
         if control[CONTROL_WAKE] != 0 or now >= control[CONTROL_DEADLINE] or _has_news(endpoints, pulls):
@@ -155,9 +151,9 @@ def progress_until_news(  # type: ignore[no-untyped-def]
         if status < 0:
             return status
         remaining_ms = (control[CONTROL_DEADLINE] - now) // 1_000_000 + 1
-        asleep_at = _now(clock_gettime, clock)
+        asleep_at = monotonic_ns(clock_gettime, clock)
         call_native(poll, (descriptors, 2, min(remaining_ms, LONGEST_SLEEP_MS)))
-        control[CONTROL_PROGRESSED_AT] += _now(clock_gettime, clock) - asleep_at
+        control[CONTROL_PROGRESSED_AT] += monotonic_ns(clock_gettime, clock) - asleep_at
 
 
 def _record_endpoint_error(status_cell, endpoint, status):  # type: ignore[no-untyped-def]
@@ -191,7 +187,7 @@ def _post(clock_gettime, clock, endpoints, pulls, requests):  # type: ignore[no-
             and endpoint[ENDPOINT_IN_FLIGHT] < WINDOW
             and num_posted < WINDOW  # so that reads that end at once do not keep Python waiting
         ):
-            posting_at = _now(clock_gettime, clock)
+            posting_at = monotonic_ns(clock_gettime, clock)
             if pull[PULL_POSTED] == 0:
                 pull[PULL_POSTED_AT] = posting_at
             if pull[PULL_FLUSH] != 0 and pull[PULL_POSTED] == pull[PULL_NUM_GETS] - 1:
@@ -209,7 +205,7 @@ def _post(clock_gettime, clock, endpoints, pulls, requests):  # type: ignore[no-
                         pull[PULL_PARAMETERS],
                     ),
                 )
-            posted_at = _now(clock_gettime, clock)
+            posted_at = monotonic_ns(clock_gettime, clock)
             pull[PULL_POST_TIME] += posted_at - posting_at
             pull[PULL_POSTED] += 1
             num_posted += 1
@@ -288,12 +284,6 @@ def endpoint_is_closed(endpoint):  # type: ignore[no-untyped-def]
         and endpoint[ENDPOINT_CLOSE_REQUEST] == 0
         and endpoint[ENDPOINT_IN_FLIGHT] == 0
     )
-
-
-@register_jitable
-def _now(clock_gettime, clock):  # type: ignore[no-untyped-def]
-    call_native(clock_gettime, (_CLOCK_MONOTONIC, clock.ctypes.data))
-    return clock[0] * 1_000_000_000 + clock[1]
 
 
 @register_jitable

@@ -109,5 +109,13 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.stdout.close()
 
 
+def stop_with_parent() -> None:
+    """In a child before it is executed: have it stopped when this process ends, however that happens.
+
+    Not by SIGKILL, because it has children of its own to end.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

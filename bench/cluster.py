@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pdengine.bench.child_process import stop_with_parent
 from pdengine.bench.machine import write_result
 from pdengine.client import Client
 from pdengine.models.demo.facts import checkpoint_directory, demo_questions
@@ -61,6 +62,7 @@ def up(*options: str) -> Iterator[tuple[subprocess.Popen[str], float, str]]:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        preexec_fn=stop_with_parent,
     )
     try:
         assert process.stdout is not None
@@ -78,15 +80,31 @@ def up(*options: str) -> Iterator[tuple[subprocess.Popen[str], float, str]]:
         process.wait()
 
 
+def processes_of(parent: int) -> Iterator[tuple[str, int]]:
+    """Role and process id of `pdengine up` and of each of its children."""
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (directory / "stat").read_text().rpartition(")")[2].split()
+            command = (directory / "cmdline").read_text().split("\0")
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has just ended
+        if parent in (int(directory.name), int(fields[1])):
+            yield command[command.index("pdengine.cli") + 1], int(directory.name)
+
+
+def pin_workers(parent: int) -> None:
+    """Give each worker of `pdengine up` a core of its own; there must be no more of them than cores."""
+    workers = sorted((role, pid) for role, pid in processes_of(parent) if role not in ("up", "router"))
+    for core, (_, pid) in zip(sorted(os.sched_getaffinity(0)), workers, strict=False):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            os.sched_setaffinity(int(thread.name), {core})
+
+
 def _cpu_seconds(parent: int) -> dict[str, float]:
     """User and system seconds of `pdengine up` and of each of its children, by role."""
     seconds: dict[str, float] = {}
-    for directory in Path("/proc").glob("[0-9]*"):
-        fields = (directory / "stat").read_text().rpartition(")")[2].split()
-        if parent not in (int(directory.name), int(fields[1])):
-            continue
-        command = (directory / "cmdline").read_text().split("\0")
-        role = command[command.index("pdengine.cli") + 1]
+    for role, pid in processes_of(parent):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         seconds[role] = (int(fields[11]) + int(fields[12])) / CLOCK_TICKS
     return seconds
 

@@ -24,7 +24,7 @@ from pdengine.bench.machine import write_result
 from pdengine.bench.network_namespaces import NamespacesUnavailable, NetworkNamespace, network_namespaces
 from pdengine.bench.random_checkpoint import write_random_checkpoint
 from pdengine.client import Client
-from pdengine.router.router import TransferMode
+from pdengine.router.config import TransferMode
 
 RATE = "1gbit"
 CHUNK_TOKENS = 128

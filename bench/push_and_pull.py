@@ -31,7 +31,7 @@ from pdengine.bench.cluster import up
 from pdengine.bench.machine import write_result
 from pdengine.bench.random_checkpoint import write_random_checkpoint
 from pdengine.client import Client
-from pdengine.router.router import TransferMode
+from pdengine.router.config import TransferMode
 from pdengine.transport.transfer import SameHost
 
 MODES: tuple[tuple[TransferMode, SameHost], ...] = (

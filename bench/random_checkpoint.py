@@ -71,3 +71,17 @@ def write_random_checkpoint(
         for name in ("input_layernorm", "post_attention_layernorm"):
             weights[f"model.layers.{layer}.{name}.weight"] = torch.ones(hidden_size, dtype=dtype)
     save_file(weights, directory / "model.safetensors")
+
+
+def write_small_checkpoint(directory: Path) -> Path:
+    """Write a Llama of 26 million parameters into `directory`; the directory."""
+    write_random_checkpoint(
+        directory,
+        hidden_size=512,
+        num_layers=8,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=64,
+        intermediate_size=1408,
+    )
+    return directory

@@ -14,6 +14,7 @@ from time import monotonic
 from types import TracebackType
 
 from pdengine.client import Client
+from pdengine.engine.cpu_threads import usable_cores
 from pdengine.engine.worker_config import StartupError
 from pdengine.transport.messages import Role, Status
 
@@ -45,8 +46,9 @@ class Child:
 class Cluster:
     """Start with `with Cluster(...) as cluster`, then `wait_ready`; leaving the block stops every process.
 
-    The children die with this process, however it dies. config: a file that they read, too. worker_arguments:
-    options of the workers of a role. metrics_addresses: per worker, in the order of `roles`; empty for none.
+    The children die with this process, however it dies. config: a file that they read, too. router_arguments:
+    options of the router. worker_arguments: of the workers of a role. metrics_addresses: per worker, in the
+    order of `roles`; empty for none.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Cluster:
         roles: Sequence[Role],
         client_address: str = LOOPBACK,
         config: Path | None = None,
+        router_arguments: Sequence[str] = (),
         worker_arguments: Mapping[Role, Sequence[str]] | None = None,
         metrics_addresses: Sequence[str] | None = None,
     ) -> None:
@@ -64,6 +67,7 @@ class Cluster:
         self._arguments = self.arguments_of(model_directory, config)
         self._roles = list(roles)
         self._client_address = client_address
+        self._router_arguments = router_arguments
         self._worker_arguments = worker_arguments or {}
         self._metrics_addresses = metrics_addresses or [""] * len(roles)
         self._children: list[Child] = []
@@ -84,7 +88,7 @@ class Cluster:
 
     def _start(self) -> None:
         addresses = ["--client-address", self._client_address, "--worker-address", LOOPBACK]
-        router = self._spawn("router", ["router", *self._arguments, *addresses])
+        router = self._spawn("router", ["router", *self._arguments, *addresses, *self._router_arguments])
         assert router.process.stdout is not None
         match = LISTENING.search(router.process.stdout.readline())
         if match is None:
@@ -171,7 +175,7 @@ class Cluster:
 
     def _environment(self) -> dict[str, str]:
         """Workers of one machine share its cores, instead of each starting a thread per core."""
-        threads = max(1, len(os.sched_getaffinity(0)) // len(self._roles))
+        threads = max(1, usable_cores() // len(self._roles))
         return {"OMP_NUM_THREADS": str(threads), **os.environ}
 
     @staticmethod

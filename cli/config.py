@@ -24,8 +24,8 @@ class Row:
 def config(ctx: click.Context, arguments: tuple[str, ...]) -> None:
     """Print the values that COMMAND would have with OPTIONS, and where each comes from.
 
-    Without COMMAND: those of router, prefill, decode, unified and up. `up` is followed by what its workers
-    get.
+    Without COMMAND: those of router, http, prefill, decode, unified and up. `up` is followed by what its
+    workers get.
     """
     names = list(TABLES)
     if arguments and not arguments[0].startswith("-"):

@@ -24,6 +24,7 @@ OF_KUBERNETES = re.compile(
 SHARED = ("model", "revision")  # keys at the top of the file
 TABLES = {  # that a command reads; a later one wins
     "router": ("", "router"),
+    "http": ("", "http"),
     "prefill": ("", "worker", "prefill"),
     "decode": ("", "worker", "decode"),
     "unified": ("", "worker", "unified"),
@@ -73,10 +74,11 @@ def option_tables(root: click.Command) -> dict[str, Options]:
     of_command = {name: _options(root.commands[name]) for name in TABLES}
     shared = {key: of_command["router"][key] for key in SHARED}
     router = _without(of_command["router"], shared)
+    http = _without(of_command["http"], shared)
     worker = _without(of_command["prefill"], shared)
     up = _without(of_command["up"], {**shared, **router, **worker})
     roles = dict.fromkeys(("prefill", "decode", "unified"), worker)
-    return {"": shared, "router": router, "worker": worker, **roles, "up": up}
+    return {"": shared, "router": router, "http": http, "worker": worker, **roles, "up": up}
 
 
 def check_environment(environ: Iterable[str], tables: Mapping[str, Options]) -> None:

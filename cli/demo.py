@@ -42,7 +42,8 @@ def demo() -> None:
         with Cluster(checkpoint_directory(), roles=list(memory), worker_arguments=memory) as cluster:
             cluster.wait_ready()
             console.print(
-                f"Each prompt is {NUM_FACTS} facts and a question about one of them, for instance:\n"
+                f"Each prompt is {NUM_FACTS} facts and a question about one of them. The facts are the same, "
+                "but each has a cache salt of its own, so that every KV cache is computed and pulled:\n"
             )
             console.print(f"[dim]{_excerpt(questions[0].prompt)}[/dim]\n")
             with Client(cluster.client_address) as client:
@@ -60,7 +61,8 @@ def _ask(console: Console, client: Client, question: DemoQuestion) -> Answer:
     console.print(f"{_question_line(question):<50} ", end="", markup=False)
     sent_at = monotonic()
     arrivals: list[float] = []
-    with client.stream(question.prompt, max_tokens=MAX_TOKENS, temperature=0) as stream:
+    salt = _question_line(question)
+    with client.stream(question.prompt, max_tokens=MAX_TOKENS, temperature=0, cache_salt=salt) as stream:
         for delta in stream:
             arrivals.append(monotonic() - sent_at)
             console.print(delta.text.strip(), end=" ", markup=False)

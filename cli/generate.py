@@ -6,10 +6,12 @@ import click
 
 from pdengine.cli.cluster import Cluster
 from pdengine.cli.options import errors_in_one_line
-from pdengine.client import Client
+from pdengine.client import Client, Completion
 from pdengine.client.async_client import DEFAULT_ADDRESS
+from pdengine.client.client import Stream
 from pdengine.client.results import PromptLike
 from pdengine.models.hub import resolve_model
+from pdengine.transport.messages import Usage
 
 
 @click.command()
@@ -38,8 +40,22 @@ from pdengine.models.hub import resolve_model
     show_default=True,
     help="Sample among those with at least this share of the likeliest one's probability.",
 )
+@click.option("-n", "num_answers", type=int, metavar="NUMBER", default=1, help="Answers to write.  [1]")
+@click.option(
+    "--priority", type=int, default=0, show_default=True, help="The lower, the earlier it is served."
+)
+@click.option(
+    "--cache-salt",
+    default="",
+    help="Share the KV cache of the prompt only with requests of the same salt.",
+)
 @click.option("--chat", is_flag=True, help="Put the prompt into the checkpoint's chat template.")
-@click.option("--stream/--no-stream", default=True, show_default=True, help="Print tokens as they come.")
+@click.option(
+    "--stream/--no-stream",
+    default=True,
+    show_default=True,
+    help="Print tokens as they come; several answers are printed whole, one after the other.",
+)
 def generate(
     prompt: str,
     router_address: str | None,
@@ -50,10 +66,13 @@ def generate(
     top_k: int,
     top_p: float,
     min_p: float,
+    num_answers: int,
+    priority: int,
+    cache_salt: str,
     chat: bool,
     stream: bool,
 ) -> None:
-    """Print the answer to PROMPT."""
+    """Print the answer to PROMPT, and on stderr how many tokens it took."""
     if router_address is not None and model is not None:
         raise click.UsageError("--router and --model exclude each other")
     question: PromptLike = [{"role": "user", "content": prompt}] if chat else prompt
@@ -64,19 +83,43 @@ def generate(
             cluster.wait_ready()
             router_address = cluster.client_address
         client = stack.enter_context(Client(router_address or DEFAULT_ADDRESS))
+        answer = client.stream(
+            question,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            n=num_answers,
+            priority=priority,
+            cache_salt=cache_salt,
+        )
         try:
-            answer = client.stream(
-                question,
-                max_tokens=max_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-            )
+            print_answers(stack.enter_context(answer), as_they_come=stream and num_answers == 1)
         except ValueError as error:  # text that is not Unicode, a number beyond 64 bits
             raise click.ClickException(str(error)) from error
-        stack.enter_context(answer)
-        for delta in answer:
-            if stream:
-                click.echo(delta.text, nl=False)
-        click.echo("" if stream else answer.completion.text)
+
+
+def print_answers(answer: Stream, *, as_they_come: bool) -> None:
+    for delta in answer:
+        if as_they_come:
+            click.echo(delta.text, nl=False)
+    if as_they_come:
+        click.echo()
+    else:
+        print_choices(answer.completion)
+    click.echo(usage_line(answer.completion.usage), err=True)
+
+
+def print_choices(completion: Completion) -> None:
+    """The text of the only answer, or of each under a line with its number."""
+    for choice in completion.choices:
+        if len(completion.choices) > 1:
+            click.echo(f"--- answer {choice.index + 1} of {len(completion.choices)}")
+        click.echo(choice.text)
+
+
+def usage_line(usage: Usage) -> str:
+    """Tokens read and written, for people."""
+    cached = f" ({usage.cached_tokens} of them cached)" if usage.cached_tokens else ""
+    return f"{usage.prompt_tokens} prompt tokens{cached}, {usage.completion_tokens} answer tokens"

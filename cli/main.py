@@ -7,6 +7,7 @@ from pdengine.cli.config import config
 from pdengine.cli.demo import demo
 from pdengine.cli.doctor import doctor
 from pdengine.cli.generate import generate
+from pdengine.cli.http import http
 from pdengine.cli.serve import decode, prefill, router, unified
 from pdengine.cli.up import up
 
@@ -17,5 +18,5 @@ def main() -> None:
     """LLM inference with prefill and decode in separate processes."""
 
 
-for command in (router, prefill, decode, unified, up, generate, demo, config, doctor, bench):
+for command in (router, http, prefill, decode, unified, up, generate, demo, config, doctor, bench):
     main.add_command(command)

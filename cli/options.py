@@ -73,6 +73,15 @@ client_address_option = option(
 )
 
 
+local_prefill_option = option(
+    "--local-prefill-tokens",
+    type=click.IntRange(0),
+    default=256,
+    help="A decode worker that has all but so many tokens of a prompt in its prefix cache computes the rest "
+    "itself; 0: never.",
+)
+
+
 def worker_options(function: Function) -> Function:
     """What a worker can be told besides its role, its model and its addresses."""
     options = [
@@ -93,7 +102,20 @@ def worker_options(function: Function) -> Function:
         ),
         option("--block-size", type=int, default=16, help="Tokens per KV block."),
         option("--max-batch-tokens", type=int, default=2048, help="Tokens per engine step."),
-        option("--max-requests", type=int, default=64, help="Requests that run at once."),
+        option("--max-requests", type=int, default=64, help="Answers that are written at once."),
+        option(
+            "--max-step-ms",
+            metavar="MS",
+            type=click.FloatRange(0, min_open=True),
+            help="Compute prompts in chunks so small that an engine step hardly takes longer, so that the "
+            "tokens of other answers come evenly. By default only --max-batch-tokens bounds a step.",
+        ),
+        option(
+            "--threads",
+            type=click.IntRange(1),
+            help="Threads that compute on a CPU. By default OMP_NUM_THREADS, or else one for each core that "
+            "the process may use; up divides the cores among its workers.",
+        ),
         option(
             "--same-host",
             type=click.Choice(get_args(SameHost)),

@@ -15,9 +15,11 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pdengine.cli.http import http_config, http_options
 from pdengine.cli.options import (
     client_address_option,
     errors_in_one_line,
+    local_prefill_option,
     log_to_stderr,
     model_options,
     option,
@@ -27,10 +29,13 @@ from pdengine.cli.options import (
 from pdengine.engine.memory import available_memory, memory_bytes
 from pdengine.engine.worker_config import StartupError, WorkerConfig
 from pdengine.models.hub import resolve_model
-from pdengine.router.router import OnFailure, Router, RouterConfig, TransferMode
+from pdengine.router.config import OnFailure, RouterConfig, TransferMode
+from pdengine.router.http.config import address_to_connect
+from pdengine.router.router import Router
 from pdengine.transport.messages import Role
 
 LINE_SECONDS = 5.0
+HTTP_DRAIN_SECONDS = 5.0  # the router ends all requests before; they only have to hear of it
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +72,8 @@ logger = logging.getLogger(__name__)
     help="Pull a KV cache while its prompt is computed, where a decode worker has room, or when it is done; "
     "or push it, for comparison, on a trusted network.",
 )
+@local_prefill_option
+@http_options(default=None)
 def router(
     model: str,
     revision: str | None,
@@ -77,7 +84,10 @@ def router(
     on_failure: OnFailure,
     max_attempts: int,
     transfer: TransferMode,
+    local_prefill_tokens: int,
+    http_address: str | None,
     config: Path | None,
+    **http: Any,
 ) -> None:
     """The front door: takes requests and gives them to workers."""
 
@@ -91,6 +101,7 @@ def router(
             on_failure=on_failure,
             max_attempts=max_attempts,
             transfer=transfer,
+            local_prefill_tokens=local_prefill_tokens,
         )
         server = Router(settings)
         click.echo(
@@ -99,7 +110,10 @@ def router(
         running = asyncio.create_task(server.run())
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, running.cancel)
-        await asyncio.wait([running])
+        if http_address:
+            await _serve_http(directory, http_address, server, running, http)
+        else:
+            await asyncio.wait([running])
         if not running.cancelled():
             running.result()
 
@@ -112,6 +126,46 @@ def router(
     with errors_in_one_line():
         # Outside the loop, where Ctrl-C ends a download at once.
         asyncio.run(serve(resolve_model(model, revision=revision or None)))
+
+
+async def _serve_http(
+    directory: Path, http_address: str, router: Router, running: asyncio.Task[None], options: dict[str, Any]
+) -> None:
+    """Serve HTTP until the router has ended; if that fails, end the router. options: of http_config."""
+    from pdengine.router.http.server import HttpServer, raise_file_limit  # loads what only HTTP needs
+
+    loop = asyncio.get_running_loop()
+
+    def end_router() -> None:
+        loop.call_soon_threadsafe(running.cancel)
+
+    await asyncio.sleep(
+        0
+    )  # a task that is cancelled before it has begun would leave the router's sockets open
+    try:
+        raise_file_limit()
+        config = http_config(
+            directory,
+            http_address=http_address,
+            router_address=address_to_connect(router.client_address),
+            drain_seconds=HTTP_DRAIN_SECONDS,
+            **options,
+        )
+        server = HttpServer(config, on_failure=end_router)
+    except BaseException:
+        running.cancel()
+        await asyncio.wait([running])
+        raise
+    try:
+        await asyncio.to_thread(server.start)
+        logger.info("serving %s over HTTP on %s", config.served_model_name, server.url)
+        await asyncio.wait([running])
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+        await asyncio.to_thread(server.close)
+    if server.error is not None:
+        raise SystemExit(1)
 
 
 def worker_config(

@@ -15,6 +15,7 @@ from pdengine.cli.options import (
     Function,
     client_address_option,
     errors_in_one_line,
+    local_prefill_option,
     model_options,
     option,
     worker_options,
@@ -39,9 +40,18 @@ def _count_option(role: Role, default: int) -> Callable[[Function], Function]:
 @_count_option("decode", 1)
 @_count_option("unified", 0)
 @client_address_option
+@local_prefill_option
 @worker_options
 @click.pass_context
-def up(ctx: click.Context, /, model: str, revision: str | None, client_address: str, **_options: Any) -> None:
+def up(
+    ctx: click.Context,
+    /,
+    model: str,
+    revision: str | None,
+    client_address: str,
+    local_prefill_tokens: int,
+    **_options: Any,
+) -> None:
     """A router and its workers on this machine, until Ctrl-C.
 
     The options of workers hold for all of them. What is not given here they take from the environment and the
@@ -56,6 +66,7 @@ def up(ctx: click.Context, /, model: str, revision: str | None, client_address: 
             roles=[config.role for config in configs],
             client_address=client_address,
             config=ctx.params["config"],
+            router_arguments=["--local-prefill-tokens", str(local_prefill_tokens)],
             worker_arguments=_planned_arguments(ctx, configs),
             metrics_addresses=metrics_addresses(configs),
         )

@@ -10,6 +10,7 @@ from pdengine.client.async_client import AsyncClient
 from pdengine.client.client import Client
 from pdengine.client.results import (
     Cancelled,
+    Choice,
     Completion,
     Delta,
     Failed,
@@ -22,6 +23,7 @@ from pdengine.client.results import (
 __all__ = [
     "AsyncClient",
     "Cancelled",
+    "Choice",
     "Client",
     "Completion",
     "Delta",

@@ -2,14 +2,15 @@
 
 import asyncio
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from time import monotonic
 from types import TracebackType
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import msgspec
 import zmq.asyncio
 
+from pdengine.client.arguments import to_request
 from pdengine.client.results import (
     Cancelled,
     Completion,
@@ -20,24 +21,19 @@ from pdengine.client.results import (
     Rejected,
     RouterUnavailable,
     TimedOut,
+    choices_of,
 )
 from pdengine.transport import messages
 from pdengine.transport.messages import (
     Accepted,
     Cancel,
-    ChatMessage,
-    ChatPrompt,
     Finished,
     Generate,
     GetStatus,
     Inquire,
     Message,
-    Prompt,
     RouterToClient,
-    SamplingParams,
     Status,
-    TextPrompt,
-    TokenPrompt,
 )
 from pdengine.transport.sockets import PeerSocket, SendFailed
 
@@ -102,9 +98,13 @@ class AsyncClient:
         seed: int | None = None,
         stop_token_ids: Iterable[int] = (),
         ignore_eos: bool = False,
+        n: int = 1,
+        priority: int = 0,
+        cache_salt: str = "",
         timeout: float | None = None,
     ) -> Completion:
-        """The whole answer to `prompt`. The arguments are those of SamplingParams; timeout is in seconds.
+        """The whole answer to `prompt`, or all `n` of them. The arguments are those of SamplingParams and
+        Generate; timeout is in seconds.
 
         Raises Rejected, Failed, TimedOut, Cancelled or RouterUnavailable; TypeError or ValueError for
         arguments that no router could understand.
@@ -119,6 +119,9 @@ class AsyncClient:
             seed=seed,
             stop_token_ids=stop_token_ids,
             ignore_eos=ignore_eos,
+            n=n,
+            priority=priority,
+            cache_salt=cache_salt,
             timeout=timeout,
         )
         async with stream:
@@ -138,24 +141,32 @@ class AsyncClient:
         seed: int | None = None,
         stop_token_ids: Iterable[int] = (),
         ignore_eos: bool = False,
+        n: int = 1,
+        priority: int = 0,
+        cache_salt: str = "",
         timeout: float | None = None,
     ) -> "AsyncStream":
-        """Like `generate`, but the answer comes as an asynchronous iterator of Delta.
+        """Like `generate`, but the answer comes as an asynchronous iterator of Delta; several answers come
+        interleaved.
 
         The request is sent at the first step; closing the stream cancels it.
         """
-        sampling = SamplingParams(
+        request = to_request(
+            prompt,
             max_tokens=max_tokens,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             min_p=min_p,
             seed=seed,
-            stop_token_ids=tuple(stop_token_ids),
+            stop_token_ids=stop_token_ids,
             ignore_eos=ignore_eos,
+            n=n,
+            priority=priority,
+            cache_salt=cache_salt,
+            timeout=timeout,
         )
-        check_types(sampling, timeout)
-        return AsyncStream(self, to_prompt(prompt), sampling, timeout)
+        return AsyncStream(self, request)
 
     async def status(self) -> Status:
         """The workers that have joined the router, and their load. Raises RouterUnavailable."""
@@ -234,13 +245,10 @@ class AsyncClient:
 class AsyncStream:
     """One request in flight: an asynchronous iterator of Delta. Use it as `async with`, or call `aclose`."""
 
-    def __init__(
-        self, client: AsyncClient, prompt: Prompt, sampling: SamplingParams, timeout: float | None
-    ) -> None:
+    def __init__(self, client: AsyncClient, request: Generate) -> None:
         self._client = client
-        self._prompt = prompt
-        self._sampling = sampling
-        self._timeout = timeout
+        self._request = request
+        self._timeout = request.timeout
         self._give_up_at: float | None = None
         self._tag: int | None = None
         self._replies: asyncio.Queue[Reply] = asyncio.Queue()
@@ -254,9 +262,7 @@ class AsyncStream:
         if self._finished is None:
             raise RuntimeError("the stream has not ended")
         return Completion(
-            text="".join(delta.text for delta in self._deltas),
-            token_ids=[token_id for delta in self._deltas for token_id in delta.token_ids],
-            finish_reason=self._finished.finish_reason,
+            choices=choices_of(self._deltas, self._finished.finish_reasons),
             usage=self._finished.usage,
             prefill_worker=self._finished.prefill_worker,
             decode_worker=self._finished.decode_worker,
@@ -309,19 +315,17 @@ class AsyncStream:
         self._tag, self._replies = self._client.open()
         if self._timeout is not None and math.isfinite(self._timeout) and self._timeout > 0:
             self._give_up_at = monotonic() + self._timeout + GRACE_SECONDS
-        self._client.send(Generate(self._tag, self._prompt, self._sampling, self._timeout))
+        self._client.send(msgspec.structs.replace(self._request, tag=self._tag))
 
     async def _next_delta(self) -> Delta | None:
         """The next piece of the answer, or None after the last. Raises what the request ended with."""
         while self._finished is None:
             reply = await self._next_reply()
             match reply:
-                case messages.Delta(_, text, token_ids):
-                    return Delta(text, token_ids)
+                case messages.Delta(_, text, token_ids, index, finish_reason):
+                    return Delta(text, token_ids, index, finish_reason)
                 case Finished():
                     self._finished = reply
-                    if reply.text:
-                        return Delta(reply.text, [])
                 case messages.Rejected(_, reason, field):
                     raise Rejected(reason, field)
                 case messages.Failed(_, reason):
@@ -354,32 +358,3 @@ class AsyncStream:
                     raise TimedOut(f"no answer within {self._timeout:g} s") from None
             assert self._tag is not None
             self._client.send(Inquire(self._tag))
-
-
-def to_prompt(prompt: PromptLike) -> Prompt:
-    """Text, token ids or chat messages as they travel. Raises TypeError for anything else."""
-    match prompt:
-        case str():
-            return TextPrompt(prompt)
-        case [Mapping(), *_]:
-            return ChatPrompt([to_chat_message(turn) for turn in prompt])
-        case [*token_ids] if all(type(token_id) is int for token_id in token_ids):
-            return TokenPrompt(cast(list[int], token_ids))
-    raise TypeError("prompt must be a string, a list of token ids or a list of chat messages")
-
-
-def to_chat_message(turn: object) -> ChatMessage:
-    """Raises TypeError unless `turn` has a role and a content, and both are strings."""
-    match turn:
-        case {"role": str(role), "content": str(content)}:
-            return ChatMessage(role, content)
-    raise TypeError("a chat message must have a role and a content, both strings")
-
-
-def check_types(sampling: SamplingParams, timeout: float | None) -> None:
-    """Raise TypeError for an argument of the wrong type: the router would not even know whose it was."""
-    try:
-        msgspec.convert(msgspec.structs.asdict(sampling), SamplingParams)
-        msgspec.convert({"timeout": timeout}, dict[str, float | None])
-    except msgspec.ValidationError as error:
-        raise TypeError(f"wrong type of argument: {error}") from None

@@ -65,9 +65,13 @@ class Client:
         seed: int | None = None,
         stop_token_ids: Iterable[int] = (),
         ignore_eos: bool = False,
+        n: int = 1,
+        priority: int = 0,
+        cache_salt: str = "",
         timeout: float | None = None,
     ) -> Completion:
-        """The whole answer to `prompt`. The arguments are those of SamplingParams; timeout is in seconds.
+        """The whole answer to `prompt`, or all `n` of them. The arguments are those of SamplingParams and
+        Generate; timeout is in seconds.
 
         Raises Rejected, Failed, TimedOut, Cancelled or RouterUnavailable.
         """
@@ -82,6 +86,9 @@ class Client:
                 seed=seed,
                 stop_token_ids=stop_token_ids,
                 ignore_eos=ignore_eos,
+                n=n,
+                priority=priority,
+                cache_salt=cache_salt,
                 timeout=timeout,
             )
         )
@@ -98,9 +105,13 @@ class Client:
         seed: int | None = None,
         stop_token_ids: Iterable[int] = (),
         ignore_eos: bool = False,
+        n: int = 1,
+        priority: int = 0,
+        cache_salt: str = "",
         timeout: float | None = None,
     ) -> "Stream":
-        """Like `generate`, but the answer comes as an iterator of Delta. Closing it cancels the request."""
+        """Like `generate`, but the answer comes as an iterator of Delta; several answers come interleaved.
+        Closing it cancels the request."""
         stream = self._client.stream(
             prompt,
             max_tokens=max_tokens,
@@ -111,6 +122,9 @@ class Client:
             seed=seed,
             stop_token_ids=stop_token_ids,
             ignore_eos=ignore_eos,
+            n=n,
+            priority=priority,
+            cache_salt=cache_salt,
             timeout=timeout,
         )
         return Stream(self, stream)

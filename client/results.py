@@ -1,6 +1,6 @@
 """What a request gives: deltas, a completion, or one of the typed errors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -12,27 +12,68 @@ PromptLike: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 @dataclass(frozen=True)
 class Delta:
-    """New tokens, and the text that they complete: text may lag the tokens by part of a character."""
+    """New tokens of answer `index`, and the text that they complete: text may lag the tokens by part of a
+    character. finish_reason: with the last delta of each answer."""
 
     text: str
     token_ids: list[int]
+    index: int = 0
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One whole answer. The token that stopped it is in token_ids and in usage, but not in text."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A whole answer. The token that stopped it is in token_ids and in usage, but not in text.
+    """All answers to a prompt, in the order of their index; `text`, `token_ids` and `finish_reason` are those
+    of the first one.
 
-    transfer: what the decode worker pulled; None where one worker did all of it.
+    usage: of all of them together. Its cached_tokens are those of the prompt that were not computed, because
+    they were in a prefix cache. transfer: what the decode worker pulled; None where one worker did all of it.
     """
 
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason
+    choices: list[Choice]
     usage: Usage
     prefill_worker: str
     decode_worker: str
     attempts: int
     transfer: TransferStats | None
+
+    @property
+    def text(self) -> str:
+        return self.choices[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.choices[0].token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        return self.choices[0].finish_reason
+
+
+def choices_of(deltas: Iterable[Delta], finish_reasons: Sequence[FinishReason]) -> list[Choice]:
+    """The whole answers that `deltas`, in the order of their arrival, are the pieces of."""
+    pieces: list[list[Delta]] = [[] for _ in finish_reasons]
+    for delta in deltas:
+        pieces[delta.index].append(delta)
+    return [
+        Choice(
+            index,
+            "".join(delta.text for delta in pieces[index]),
+            [token_id for delta in pieces[index] for token_id in delta.token_ids],
+            finish_reason,
+        )
+        for index, finish_reason in enumerate(finish_reasons)
+    ]
 
 
 class GenerateError(RuntimeError):

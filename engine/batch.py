@@ -23,8 +23,8 @@ class Batch:
     token_ids: Tensor  # [tokens] int64
     positions: Tensor  # [tokens] int64
     attention: AttentionBatch
-    sampled: list[Sequence]  # sequences whose known tokens end in this batch: they get a next token
-    sampled_rows: Tensor  # [len(sampled)] int64: row of the last token of each
+    sampled: list[Sequence]  # answers whose known tokens end in this batch: they get a next token
+    sampled_rows: Tensor  # [len(sampled)] int64: row of the last token of each; siblings share one
     sampling: SamplingBatch  # how each of them is drawn
 
 
@@ -37,8 +37,8 @@ def build_batch(chunks: Sequence_[Chunk], block_size: int, upload: Upload) -> Ba
     rows = np.repeat(np.arange(len(chunks)), new_tokens)  # the sequence of each token
     positions = np.arange(len(rows)) + (starts - query_starts[:-1])[rows]
     block_tables = _block_tables(chunks, context_lengths.tolist(), block_size)
-    samples = np.array([chunk.samples for chunk in chunks], np.bool_)
-    sampled = [chunk.sequence for chunk in chunks if chunk.samples]
+    sampled = [answer for chunk in chunks if chunk.samples for answer in _answers(chunk.sequence)]
+    num_sampled = [chunk.sequence.num_slots if chunk.samples else 0 for chunk in chunks]
     arrays: list[Array] = [
         _token_ids(chunks, len(rows)),
         positions,
@@ -47,7 +47,7 @@ def build_batch(chunks: Sequence_[Chunk], block_size: int, upload: Upload) -> Ba
         block_tables,
         query_starts,
         context_lengths,
-        query_starts[1:][samples] - 1,
+        np.repeat(query_starts[1:] - 1, num_sampled),
         *sampling_arrays(sampled),
     ]
     (
@@ -72,6 +72,11 @@ def build_batch(chunks: Sequence_[Chunk], block_size: int, upload: Upload) -> Ba
         num_decodes=_leading_single_tokens(chunks),
     )
     return Batch(token_ids, position_tensor, attention, sampled, sampled_rows, SamplingBatch(*sampling))
+
+
+def _answers(sequence: Sequence) -> list[Sequence]:
+    """The sequence and those that wait for its KV cache: each of them draws a token of its own."""
+    return [sequence, *sequence.siblings]
 
 
 def _token_ids(chunks: Sequence_[Chunk], num_tokens: int) -> npt.NDArray[np.int64]:

@@ -6,28 +6,42 @@ events go out by the `emit` callable. It sleeps while there is nothing to do.
 
 import queue
 from collections.abc import Callable
-from dataclasses import dataclass
+from itertools import islice
 from time import monotonic
 
+from pdengine.engine.cache_news import CacheNews
+from pdengine.engine.commands import (
+    AbortAll,
+    AbortRequest,
+    AddRequest,
+    Command,
+    CoverLease,
+    Event,
+    FreeLease,
+    LeaseUnneeded,
+    LoseLease,
+    Stop,
+)
 from pdengine.engine.leases import BorrowedLease
 from pdengine.engine.metrics import PullFailure, WorkerMetrics
 from pdengine.engine.pulls import Pull, Pulls
-from pdengine.engine.pushes import LoseWriter, PushCommand, Pushes, StartPushed, UnwantedPush
+from pdengine.engine.pushes import LoseWriter, Pushes, StartPushed
 from pdengine.engine.runner import Runner
-from pdengine.engine.scheduler import Chunk, Scheduler
-from pdengine.engine.sequence import Mode, Sequence, blocks_for
+from pdengine.engine.scheduler import Chunk, Scheduler, Step
+from pdengine.engine.sequence import Mode, Sequence
+from pdengine.engine.step_limit import StepLimit
+from pdengine.models.prefix_hashes import unpack_hashes
 from pdengine.transport.messages import (
     EarlyPullDropped,
     EndPush,
     KVLease,
     Load,
     Prefilled,
+    PrefixHit,
     PromptProgress,
     PullEarly,
     Pulled,
-    Pushed,
     PushEnded,
-    Reserved,
     StepTokens,
     TokenUpdate,
     TransferStats,
@@ -41,83 +55,7 @@ from pdengine.transport.transfer import (
     PullFailed,
     PushCompleted,
     PushFailed,
-    TransferEvent,
 )
-
-
-@dataclass(frozen=True)
-class AddSequence:
-    sequence: Sequence
-
-
-@dataclass(frozen=True)
-class AbortRequest:
-    request_id: str
-
-
-@dataclass(frozen=True)
-class AbortAll:
-    """Drop every request: the router that gave them is gone. Granted leases stay until FreeLease."""
-
-
-@dataclass(frozen=True)
-class FreeLease:
-    """A granted lease was released or has expired."""
-
-    lease_id: int
-
-
-@dataclass(frozen=True)
-class CoverLease:
-    """A borrowed lease was confirmed for the first time since it was borrowed."""
-
-    borrowed: BorrowedLease
-
-
-@dataclass(frozen=True)
-class LoseLease:
-    """A borrowed lease is gone: what it covered cannot be pulled, or cannot be trusted."""
-
-    borrowed: BorrowedLease
-    reason: str
-
-
-@dataclass(frozen=True)
-class Stop:
-    """Leave the loop."""
-
-
-@dataclass(frozen=True)
-class LeaseUnneeded:
-    """Event: the engine will not read from this borrowed lease again."""
-
-    borrowed: BorrowedLease
-
-
-Command = (
-    AddSequence
-    | PullEarly
-    | AbortRequest
-    | AbortAll
-    | FreeLease
-    | CoverLease
-    | LoseLease
-    | PushCommand
-    | Stop
-    | TransferEvent
-)
-Report = (
-    PromptProgress
-    | EarlyPullDropped
-    | Prefilled
-    | Pulled
-    | Reserved
-    | Pushed
-    | StepTokens
-    | WorkRefused
-    | WorkFailed
-)
-Event = Report | LeaseUnneeded | UnwantedPush | PushEnded | PeerConnected | PeerFailed
 
 
 class Engine:
@@ -138,6 +76,7 @@ class Engine:
         lease_duration: float,
         metrics: WorkerMetrics,
         emit: Callable[[list[Event]], None],
+        step_limit: StepLimit | None = None,
     ) -> None:
         self._engine_id = engine_id
         self._scheduler = scheduler
@@ -145,14 +84,16 @@ class Engine:
         self._pulls = pulls
         self._pushes = pushes
         self._eos_token_ids = eos_token_ids
-        self._block_size = scheduler.config.block_size
         self._lease_duration = lease_duration
         self._metrics = metrics
         self._emit = emit
+        self._step_limit = step_limit
+        self._cache_news = CacheNews(scheduler.pool)
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._events: list[Event] = []
         self._lanes: dict[str, str] = {}
         self._turned_at = self._told_at = monotonic()
+        self._is_asleep = True
         self.load = self._current_load()
 
     def post(self, command: Command) -> None:
@@ -161,7 +102,7 @@ class Engine:
 
     def step_age(self) -> float:
         """Seconds since the loop last turned, while a sequence can run; 0 when the loop sleeps."""
-        return monotonic() - self._turned_at if self._scheduler.running else 0.0
+        return 0.0 if self._is_asleep else monotonic() - self._turned_at
 
     def run(self) -> None:
         """Turn until Stop."""
@@ -181,72 +122,124 @@ class Engine:
             if wait:
                 deadline = self._pulls.next_deadline()
                 timeout = None if deadline is None else max(0.0, deadline - monotonic())
+                self._is_asleep = True
                 commands.append(self._inbox.get(timeout=timeout))
             while True:
                 commands.append(self._inbox.get_nowait())
         except queue.Empty:
             return commands
+        finally:
+            self._turned_at = monotonic()
+            self._is_asleep = False
 
     def _step(self) -> bool:
-        """Admit, run and report; whether any sequence ran."""
+        """Admit, run and report; whether there is more to do at once."""
         self._turned_at = monotonic()
         for pull in self._pulls.overdue(monotonic()):
             self._give_up(pull, "timeout", "the pull of the KV cache did not end in time")
         self._admit()
-        chunks = self._scheduler.schedule()
-        self._tell()  # what is known already does not wait for the step
-        if chunks:
-            self._run(chunks)
+        num_preemptions = self._scheduler.num_preemptions
+        early = self._pulls.all_early()
+        step = self._scheduler.schedule(self._max_prompt_tokens(), may_preempt=not early)
+        self._metrics.preempted(self._scheduler.num_preemptions - num_preemptions)
+        makes_room = step.is_short and bool(early)
+        if makes_room:  # nobody depends on it
+            self._drop_early(early[-1])
+            self._events.append(EarlyPullDropped(early[-1].request_id, early[-1].attempt))
+        goes_on = bool(step.chunks) or makes_room
+        self._tell(hurry=not goes_on)  # what is known already does not wait for the step
+        if step.chunks:
+            self._run(step)
             self._tell()
-        return bool(chunks)
+        return goes_on
 
-    def _run(self, chunks: list[Chunk]) -> None:
+    def _max_prompt_tokens(self) -> int | None:
+        if self._step_limit is None:
+            return None
+        num_decodes = sum(len(s.token_ids) - s.num_computed == 1 for s in self._scheduler.running)
+        return self._step_limit.max_prompt_tokens(num_decodes)
+
+    def _run(self, step: Step) -> None:
         started_at = monotonic()
-        num_prompt_tokens = sum(chunk.num_prompt_tokens for chunk in chunks)
-        unfinished = [chunk for chunk in chunks if not chunk.samples]
-        token_ids = self._runner.run(chunks, self._pushes.write_after_layer(chunks))
-        self._report(self._scheduler.postprocess(chunks, token_ids, self._eos_token_ids))
+        token_ids = self._runner.run(step.chunks, self._pushes.write_after_layer(step.chunks), step.copies)
+        self._finish(step, token_ids, monotonic() - started_at)
+
+    def _finish(self, step: Step, token_ids: list[int], seconds: float) -> None:
+        """The step is computed, and `token_ids` were sampled: record and report it."""
+        num_tokens = sum(chunk.num_tokens for chunk in step.chunks)
+        num_prompt_tokens = sum(chunk.num_prompt_tokens for chunk in step.chunks)
+        num_decodes = sum(chunk.num_tokens == 1 and chunk.samples for chunk in step.chunks)
+        unfinished = [chunk for chunk in step.chunks if not chunk.samples]
+        self._report(self._scheduler.postprocess(step, token_ids, self._eos_token_ids))
         self._report_progress(unfinished)
         self._metrics.step_completed(
-            monotonic() - started_at,
-            num_tokens=sum(chunk.num_tokens for chunk in chunks),
+            seconds,
+            num_tokens=num_tokens,
             num_prompt_tokens=num_prompt_tokens,
             num_generated=len(token_ids),
         )
+        if self._step_limit is not None:
+            self._step_limit.observe(
+                num_prompt_tokens=num_tokens - num_decodes, num_decodes=num_decodes, seconds=seconds
+            )
 
     def _admit(self) -> None:
-        for sequence in self._scheduler.admit():
-            if sequence.writer is None:
-                self._pulls.start(sequence)
-            else:
+        admitted = self._scheduler.admit()
+        for sequence in admitted.runs:
+            self._count_cached(sequence)
+            if sequence.num_cached_blocks and not sequence.was_preempted:
+                hit = PrefixHit(sequence.request_id, sequence.attempt, sequence.num_computed)
+                self._events.append(hit)
+        for sequence in admitted.pulls:
+            if sequence.writer is not None:
                 self._events.append(self._pushes.reserved(sequence))
+                continue
+            self._count_cached(sequence)
+            pull = self._pulls.start(sequence)
+            if pull.is_complete:
+                self._finish_pull(pull)
 
-    def _tell(self) -> None:
-        """Publish the load and hand out the events so far."""
+    def _count_cached(self, sequence: Sequence) -> None:
+        """Of each request once, and only if it could have used the prefix cache."""
+        if sequence.prefix is not None and sequence.push is None and not sequence.was_preempted:
+            self._metrics.prefix_looked_up(len(sequence.token_ids), num_cached=sequence.num_computed)
+
+    def _tell(self, *, hurry: bool = False) -> None:
+        """Publish the load and hand out the events so far. hurry: the loop is about to sleep."""
         now = monotonic()
         self._metrics.blocks_held(self.load.num_blocks - self.load.free_blocks, now - self._told_at)
         self._told_at, self.load = now, self._current_load()
+        news = self._cache_news.take(now, hurry=hurry)
+        if news is not None:
+            self._events.append(news)
         if self._events:
             events, self._events = self._events, []
             self._emit(events)
 
     def _report(self, advanced: list[Sequence]) -> None:
         updates: list[TokenUpdate] = []
-        for sequence in advanced:
-            request_id, attempt, finish_reason = sequence.request_id, sequence.attempt, sequence.finish_reason
-            position, token_id = sequence.num_output_tokens - 1, sequence.token_ids[-1]
-            if finish_reason is not None:
-                self._metrics.request_ended(finish_reason)
+        rest = iter(advanced)
+        for sequence in rest:
+            answers = [sequence]
             if sequence.mode is Mode.PREFILL:
-                lease = self._grant_lease(sequence) if finish_reason is None else None
-                prefilled = Prefilled(request_id, attempt, position, token_id, finish_reason, lease)
-                if sequence.push is not None:
-                    prefilled = self._pushes.finish_prompt(sequence.push, prefilled)
-                self._events.append(prefilled)
+                answers += islice(rest, len(sequence.siblings))
+            tokens = [_last_token(answer) for answer in answers]
+            for token in tokens:
+                if token.finish_reason is not None:
+                    self._metrics.request_ended(token.finish_reason)
+            if sequence.mode is Mode.PREFILL:
+                self._events.append(self._prefilled(sequence, tokens))
             else:
-                updates.append(TokenUpdate(request_id, attempt, position, token_id, finish_reason))
+                updates += tokens
         if updates:
             self._events.append(StepTokens(updates))
+
+    def _prefilled(self, sequence: Sequence, tokens: list[TokenUpdate]) -> Prefilled:
+        lease = None
+        if any(token.finish_reason is None for token in tokens):
+            lease = self._grant_lease(sequence)
+        prefilled = Prefilled(sequence.request_id, sequence.attempt, tokens, lease)
+        return prefilled if sequence.push is None else self._pushes.finish_prompt(sequence.push, prefilled)
 
     def _report_progress(self, chunks: list[Chunk]) -> None:
         """Say which prompts for other workers have come further, so that they can be pulled early."""
@@ -266,25 +259,27 @@ class Engine:
 
     def _lease_of(self, sequence: Sequence, num_tokens: int) -> KVLease:
         lease_id = self._scheduler.lease_id(sequence)
-        return KVLease(lease_id, self._engine_id, sequence.block_ids, num_tokens, self._lease_duration)
+        block_ids = list(sequence.block_ids)
+        return KVLease(lease_id, self._engine_id, block_ids, num_tokens, self._lease_duration)
 
     def _handle(self, command: Command) -> None:
         match command:
-            case AddSequence(sequence):
-                self._add(sequence)
+            case AddRequest(sequences):
+                self._add(sequences)
             case PullEarly():
                 self._pull_early(command)
             case AbortRequest(request_id):
                 self._abort(request_id)
             case AbortAll():
                 self._abort_all()
+                self._cache_news.start_anew()
             case FreeLease(lease_id):
                 self._scheduler.free_lease(lease_id)
             case CoverLease(borrowed):
                 self._finish_covered(borrowed)
             case LoseLease(borrowed, reason):
-                loser = self._scheduler.find(borrowed.request_id)
-                if loser is not None and loser.lease is borrowed:
+                loser = self._borrower(borrowed)
+                if loser is not None:
                     self._lose_lease(loser, reason)
             case PullCompleted() | PullFailed():
                 self._finish_read(command)
@@ -301,53 +296,59 @@ class Engine:
 
     # ---------------------------------------------------------------------- requests that come and go
 
-    def _add(self, sequence: Sequence) -> None:
-        older = self._scheduler.find(sequence.request_id)
-        if older is not None and older.attempt >= sequence.attempt:
-            if older.attempt > sequence.attempt:  # else it is a duplicate, and its lease is in use
-                self._drop_lease(sequence)
+    def _add(self, sequences: list[Sequence]) -> None:
+        leader = sequences[0]
+        here = self._scheduler.find(leader.request_id)
+        if here and here[0].attempt >= leader.attempt:
+            if here[0].attempt > leader.attempt:  # else it is a duplicate, and its lease is in use
+                self._drop_lease(leader)
             return
-        if older is not None:
+        for older in here:
             self._remove(older)
-        if self._pushes.has_ended(sequence):
+        if self._pushes.has_ended(leader):
             return
-        pull = self._pulls.early(sequence.request_id)
-        if pull is not None and self._is_for(pull, sequence):
-            self._scheduler.add_reserved(sequence)
-            self._pulls.complete(pull, sequence)
-            if pull.is_complete:
-                self._finish_pull(pull)
+        pull = self._pulls.early(leader.request_id)
+        if pull is not None and self._is_for(pull, leader):
+            self._complete_early(pull, leader)
             return
         if pull is not None:
             self._drop_early(pull)
-        refusal = self._scheduler.refusal(sequence)
-        if refusal is None:
+        for sequence in sequences:
+            refusal = self._scheduler.refusal(sequence)
+            if refusal is not None:
+                self._refuse(sequence, refusal)
+                return
             self._scheduler.add(sequence)
             self._admit()  # now, so that the next one sees what is left
-        else:
-            self._metrics.request_ended("refused")
-            self._events.append(WorkRefused(sequence.request_id, sequence.attempt, refusal))
+
+    def _refuse(self, sequence: Sequence, reason: str) -> None:
+        """All of the request, or nothing: answers to it that were taken before are given up."""
+        for taken in self._scheduler.find(sequence.request_id):
+            self._remove(taken)
+        self._metrics.request_ended("refused")
+        self._events.append(WorkRefused(sequence.request_id, sequence.attempt, reason))
 
     def _abort(self, request_id: str) -> None:
-        sequence, pull = self._scheduler.find(request_id), self._pulls.early(request_id)
-        if sequence is not None:
+        sequences, pull = self._scheduler.find(request_id), self._pulls.early(request_id)
+        if sequences:
             self._metrics.request_ended("aborted")
+        for sequence in sequences:
             self._remove(sequence)
         if pull is not None:
             self._drop_early(pull)
 
     def _abort_all(self) -> None:
-        scheduler = self._scheduler
-        for sequence in [*scheduler.waiting, *scheduler.pulling, *scheduler.running]:
-            self._metrics.request_ended("aborted")
-            self._remove(sequence)
+        for request_id in dict.fromkeys(sequence.request_id for sequence in self._scheduler):
+            self._abort(request_id)
         for pull in self._pulls.all_early():
             self._drop_early(pull)
 
     def _fail(self, sequence: Sequence, reason: str) -> None:
+        """One of its answers fails the whole request."""
         self._metrics.request_ended("failed")
         self._events.append(WorkFailed(sequence.request_id, sequence.attempt, reason, retry=True))
-        self._remove(sequence)
+        for answer in self._scheduler.find(sequence.request_id):
+            self._remove(answer)
 
     def _remove(self, sequence: Sequence) -> None:
         """Take a sequence out for good; blocks that a pull may still write go into quarantine."""
@@ -361,6 +362,11 @@ class Engine:
             self._scheduler.remove(sequence)
         self._drop_lease(sequence)
 
+    def _borrower(self, borrowed: BorrowedLease) -> Sequence | None:
+        """Who waits for what this lease covers."""
+        sequences = self._scheduler.find(borrowed.request_id)
+        return next((sequence for sequence in sequences if sequence.lease is borrowed), None)
+
     def _drop_lease(self, sequence: Sequence) -> None:
         if sequence.lease is not None:
             self._events.append(LeaseUnneeded(sequence.lease))
@@ -370,7 +376,7 @@ class Engine:
 
     def _pull_early(self, news: PullEarly) -> None:
         """Read what is done of a prompt that is still computed, if there is room; nobody depends on it."""
-        if self._scheduler.find(news.request_id) is not None:
+        if self._scheduler.find(news.request_id):
             return  # the prompt was faster than the news
         pull = self._pulls.early(news.request_id)
         if pull is not None and (pull.attempt, pull.lease.lease_id) != (news.attempt, news.lease.lease_id):
@@ -379,22 +385,34 @@ class Engine:
             self._drop_early(pull)
             pull = None
         if pull is None:
-            block_ids = self._scheduler.reserve(blocks_for(news.num_cached_tokens, self._block_size))
-            if block_ids is None:
+            names = [] if news.prefix is None else unpack_hashes(news.prefix.blocks)
+            reserved = self._scheduler.reserve(names, len(news.lease.block_ids))
+            if reserved is None:
                 self._events.append(EarlyPullDropped(news.request_id, news.attempt))
                 return
-            pull = self._pulls.start_early(news.request_id, news.attempt, news.lease, block_ids)
+            pull = self._pulls.start_early(
+                news.request_id, news.attempt, news.lease, reserved.block_ids, reserved.num_cached
+            )
         self._pulls.advance(pull, news.num_tokens)
 
     def _is_for(self, pull: Pull, sequence: Sequence) -> bool:
-        """Whether an early pull has read what the lease of `sequence` covers."""
+        """Whether an early pull has read what the lease of `sequence` covers, and all answers find room."""
         assert sequence.lease is not None or sequence.mode is not Mode.DECODE
         return (
             sequence.lease is not None
             and pull.attempt == sequence.attempt
             and pull.lease == sequence.lease.lease
-            and len(pull.block_ids) == blocks_for(sequence.max_cached_tokens, self._block_size)
+            and self._scheduler.may_add_reserved(sequence)
         )
+
+    def _complete_early(self, pull: Pull, sequence: Sequence) -> None:
+        self._scheduler.add_reserved(sequence)
+        sequence.num_cached_blocks = sequence.num_named = pull.num_cached
+        sequence.num_computed = pull.num_cached * self._scheduler.config.block_size
+        self._count_cached(sequence)
+        self._pulls.complete(pull, sequence)
+        if pull.is_complete:
+            self._finish_pull(pull)
 
     def _drop_early(self, pull: Pull) -> None:
         self._scheduler.drop_reserved()
@@ -423,7 +441,7 @@ class Engine:
             self._finish_pull(pull)
 
     def _finish_covered(self, borrowed: BorrowedLease) -> None:
-        sequence = self._scheduler.find(borrowed.request_id)
+        sequence = self._borrower(borrowed)
         pull = None if sequence is None else self._pulls.of_sequence(sequence)
         if pull is not None and pull.is_complete:
             self._finish_pull(pull)
@@ -432,28 +450,31 @@ class Engine:
         """All of the prompt is here: let its sequence run, if the bytes can be trusted.
 
         What was read while the prompt was being computed is covered, too: from then on its blocks were the
-        request's and then the lease's without a gap, or the lease would not have been confirmed.
+        request's and then the lease's without a gap, or the lease would not have been confirmed. Where
+        nothing was read, because all of it was cached, the lease does not matter.
         """
         sequence = pull.sequence
         assert sequence is not None
         assert sequence.lease is not None
-        if not sequence.lease.is_acknowledged:
+        if pull.reads and not sequence.lease.is_acknowledged:
             return  # CoverLease or LoseLease comes
-        if not sequence.lease.covers(pull.completed_at):
+        if pull.reads and not sequence.lease.covers(pull.completed_at):
             # The blocks may have been given to somebody else while they were read.
             self._metrics.pull_discarded()
             self._fail(sequence, "the lease ran out before the pull had ended")
             return
         self._pulls.remove(pull)
         stats = TransferStats(
-            num_blocks=pull.num_landed,
+            num_blocks=pull.num_landed - pull.num_cached,
             num_bytes=sum(read.num_bytes for read in pull.reads),
             num_gets=sum(read.num_gets for read in pull.reads),
             seconds=sum(read.seconds for read in pull.reads),
             lanes=self._lanes.get(pull.lease.engine_id, ""),
             num_early_blocks=pull.num_early,
+            num_cached_blocks=pull.num_cached,
         )
-        self._metrics.pull_completed(stats, post_seconds=sum(read.post_seconds for read in pull.reads))
+        if pull.reads:
+            self._metrics.pull_completed(stats, post_seconds=sum(read.post_seconds for read in pull.reads))
         self._events.append(Pulled(sequence.request_id, sequence.attempt, stats))
         self._drop_lease(sequence)
         self._scheduler.start_decoding(sequence, pull.lease.num_tokens)
@@ -467,4 +488,16 @@ class Engine:
             quarantined_blocks=self._pulls.num_quarantined + self._pushes.num_quarantined,
             running=len(scheduler.running) + len(scheduler.pulling) + scheduler.num_reserved,
             waiting=len(scheduler.waiting),
+            idle_blocks=scheduler.pool.num_idle,
         )
+
+
+def _last_token(sequence: Sequence) -> TokenUpdate:
+    return TokenUpdate(
+        sequence.request_id,
+        sequence.attempt,
+        sequence.choice,
+        sequence.num_output_tokens - 1,
+        sequence.token_ids[-1],
+        sequence.finish_reason,
+    )

@@ -75,7 +75,8 @@ def plan_memory(config: WorkerConfig, model: ModelConfig) -> MemoryPlan:
     kv_memory = KV_MEMORY_ON_CPU if config.kv_memory is None else config.kv_memory
     one = kv_block_bytes(model, block_size=config.block_size, item_bytes=item_bytes)
     plan = MemoryPlan(
-        weight_bytes=weight_bytes(config.model_directory, model, item_bytes=item_bytes),
+        weight_bytes=weight_bytes(config.model_directory, model, item_bytes=item_bytes)
+        + packed_embedding_bytes(model, item_bytes=item_bytes),
         block_bytes=one,
         num_blocks=kv_memory // one,
         block_size=config.block_size,
@@ -132,6 +133,11 @@ def weight_bytes(directory: Path, model: ModelConfig, *, item_bytes: int) -> int
             is_tied_copy = name == "lm_head.weight" and model.tie_word_embeddings
             num_numbers += 0 if is_tied_copy else prod(tensor.shape)
     return num_numbers * item_bytes
+
+
+def packed_embedding_bytes(model: ModelConfig, *, item_bytes: int) -> int:
+    """Bytes of the second copy of a tied model's embeddings that a CPU computes the logits from."""
+    return model.vocab_size * model.hidden_size * item_bytes if model.tie_word_embeddings else 0
 
 
 def available_memory(root: Path = Path("/")) -> int:

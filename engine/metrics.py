@@ -76,6 +76,16 @@ class WorkerMetrics:
             "pdengine_prompt_tokens_total", "Tokens of prompts whose keys and values were computed here."
         )
         self._generation_tokens = self._counter("pdengine_generation_tokens_total", "Tokens written here.")
+        self._preemptions = self._counter(
+            "pdengine_preemptions_total", "Answers that had to give their KV blocks to others and begin anew."
+        )
+        self._prefix_queries = self._counter(
+            "pdengine_prefix_cache_queries_total", "Tokens that were looked for in the prefix cache."
+        )
+        self._prefix_hits = self._counter(
+            "pdengine_prefix_cache_hits_total",
+            "Those of pdengine_prefix_cache_queries_total whose keys and values were there.",
+        )
         self._step_seconds = Histogram(
             "pdengine_step_seconds",
             "Duration of an engine step.",
@@ -118,9 +128,18 @@ class WorkerMetrics:
         self._block_seconds.inc(num_blocks * seconds)
 
     def request_ended(self, outcome: RequestOutcome) -> None:
-        """prefilled: its KV cache is leased to somebody else. stop, length: finished, with this reason.
-        failed: another worker may try. refused: it was never begun."""
+        """prefilled: its KV cache is leased to somebody else. stop, length: an answer has ended, with this
+        reason. failed: another worker may try. refused: it was never begun."""
         self._requests[outcome].inc()
+
+    def preempted(self, count: int) -> None:
+        """So many answers lost their blocks to others that come first."""
+        self._preemptions.inc(count)
+
+    def prefix_looked_up(self, num_tokens: int, *, num_cached: int) -> None:
+        """The KV cache of the first `num_cached` of so many tokens was found here."""
+        self._prefix_queries.inc(num_tokens)
+        self._prefix_hits.inc(num_cached)
 
     def step_completed(
         self, seconds: float, *, num_tokens: int, num_prompt_tokens: int, num_generated: int
@@ -177,6 +196,11 @@ class _LoadCollector(Collector):
             ("pdengine_kv_blocks", "KV blocks of the pool.", load.num_blocks),
             ("pdengine_kv_used_blocks", "KV blocks that are not free.", load.num_blocks - load.free_blocks),
             (
+                "pdengine_kv_idle_blocks",
+                "Free KV blocks that the prefix cache can still give.",
+                load.idle_blocks,
+            ),
+            (
                 "pdengine_kv_pinned_blocks",
                 "KV blocks of prompts computed for other workers, running or leased.",
                 load.pinned_blocks,
@@ -187,8 +211,8 @@ class _LoadCollector(Collector):
                 load.quarantined_blocks,
             ),
             ("pdengine_kv_leases_granted", "Leases on KV caches of this worker now.", self._num_leases()),
-            ("pdengine_requests_running", "Requests that hold KV blocks.", load.running),
-            ("pdengine_requests_waiting", "Requests that wait for KV blocks.", load.waiting),
+            ("pdengine_requests_running", "Answers that hold KV blocks.", load.running),
+            ("pdengine_requests_waiting", "Answers that wait for KV blocks.", load.waiting),
             (
                 "pdengine_step_age_seconds",
                 "Time since the engine loop last turned, while it has work; otherwise 0.",

@@ -23,9 +23,11 @@ class Pull:
     """Written by Pulls.
 
     sequence: who waits for it; None while the prompt is still computed elsewhere, and once it is abandoned.
-    block_ids: all blocks of the request; the leading ones are the destinations, as many as the lease holds.
-    num_ready, num_posted, num_landed: leading blocks that the peer has finished, that were asked for, that
-    are here. deadline: of the read in flight, or for news of an early pull; time.monotonic().
+    block_ids: all blocks of the request; the leading ones, as many as the lease holds, are the destinations,
+    except the first `num_cached`, which have been here before and belong to others, too. num_ready,
+    num_posted, num_landed: leading blocks that the peer has finished, that were asked for, that are here, all
+    of them with the cached ones. deadline: of the read in flight, or for news of an early pull;
+    time.monotonic().
     """
 
     request_id: str
@@ -35,11 +37,15 @@ class Pull:
     deadline: float
     sequence: Sequence | None = None
     abandoned: bool = False
+    num_cached: int = 0
     num_ready: int = 0
     num_posted: int = 0
     num_landed: int = 0
     num_early: int = 0  # asked for before the prompt was complete
     reads: list[PullCompleted] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.num_ready = self.num_posted = self.num_landed = self.num_cached
 
     @property
     def is_early(self) -> bool:
@@ -56,7 +62,7 @@ class Pull:
 
     @property
     def completed_at(self) -> float:
-        """When the last read ended; time.monotonic()."""
+        """When the last read ended, if there was any; time.monotonic()."""
         return max((read.completed_at for read in self.reads), default=float("-inf"))
 
 
@@ -79,15 +85,20 @@ class Pulls:
     def num_quarantined(self) -> int:
         return sum(len(pull.block_ids) for pull in self._pulls if pull.abandoned)
 
-    def start(self, sequence: Sequence) -> None:
-        """Pull what the lease of `sequence` covers into its blocks."""
+    def start(self, sequence: Sequence) -> Pull:
+        """Pull what the lease of `sequence` covers into its blocks, but for those that were cached."""
         assert sequence.lease is not None
-        pull = self._add(sequence.request_id, sequence.attempt, sequence.lease.lease, sequence.block_ids)
+        lease = sequence.lease.lease
+        num_cached = min(sequence.num_cached_blocks, blocks_for(lease.num_tokens, self._block_size))
+        pull = self._add(sequence.request_id, sequence.attempt, lease, sequence.block_ids, num_cached)
         self.complete(pull, sequence)
+        return pull
 
-    def start_early(self, request_id: str, attempt: int, lease: KVLease, block_ids: list[int]) -> Pull:
+    def start_early(
+        self, request_id: str, attempt: int, lease: KVLease, block_ids: list[int], num_cached: int
+    ) -> Pull:
         """Prepare to pull a prompt into `block_ids` while it is computed; `advance` says what is done."""
-        return self._add(request_id, attempt, lease, block_ids)
+        return self._add(request_id, attempt, lease, block_ids, num_cached)
 
     def advance(self, pull: Pull, num_tokens: int) -> None:
         """The peer has computed the prompt's first `num_tokens` tokens; only full blocks are read yet."""
@@ -99,7 +110,7 @@ class Pulls:
         """The prompt is complete, and `sequence` waits for all of it in the blocks of the pull."""
         pull.sequence = sequence
         sequence.block_ids = pull.block_ids
-        pull.num_early = pull.num_posted
+        pull.num_early = pull.num_posted - pull.num_cached
         pull.num_ready = blocks_for(pull.lease.num_tokens, self._block_size)
         pull.deadline = monotonic() + self._timeout
         self._read_on(pull)
@@ -128,6 +139,9 @@ class Pulls:
         pull.abandoned = True
         if not pull.is_reading:
             self._free(pull)
+            return
+        self._pool.free(pull.block_ids[: pull.num_cached])
+        pull.block_ids = pull.block_ids[pull.num_cached :]
 
     def of_sequence(self, sequence: Sequence) -> Pull | None:
         """The pull that `sequence` waits for."""
@@ -147,8 +161,11 @@ class Pulls:
     def next_deadline(self) -> float | None:
         return min((pull.deadline for pull in self._pulls if not pull.abandoned), default=None)
 
-    def _add(self, request_id: str, attempt: int, lease: KVLease, block_ids: list[int]) -> Pull:
-        pull = Pull(request_id, attempt, lease, block_ids, deadline=monotonic() + self._timeout)
+    def _add(
+        self, request_id: str, attempt: int, lease: KVLease, block_ids: list[int], num_cached: int
+    ) -> Pull:
+        deadline = monotonic() + self._timeout
+        pull = Pull(request_id, attempt, lease, block_ids, deadline, num_cached=num_cached)
         self._pulls.append(pull)
         return pull
 

@@ -16,7 +16,7 @@ import msgspec
 
 from pdengine.engine.metrics import WorkerMetrics
 from pdengine.engine.scheduler import Chunk, Scheduler
-from pdengine.engine.sequence import Push, Sequence, blocks_for
+from pdengine.engine.sequence import Mode, Push, Sequence, blocks_for, sequences_of
 from pdengine.transport.messages import (
     EndPush,
     Prefilled,
@@ -165,17 +165,17 @@ class Pushes:
 
     def _drop_prompt(self, push: Push, outcome: Literal["aborted", "failed"]) -> None:
         """Stop to compute it, if it is not done. That writes go on reading its blocks does no harm."""
-        sequence = self._scheduler.find(push.request_id)
-        if sequence is not None and sequence.push is push:
-            self._metrics.request_ended(outcome)
-            self._scheduler.remove(sequence)
+        for sequence in self._scheduler.find(push.request_id):
+            if sequence.push is push:
+                self._metrics.request_ended(outcome)
+                self._scheduler.remove(sequence)
 
     def _end(self, order: EndPush) -> list[PushEvent]:
         if order not in self._ended:  # it is asked until it is answered
             self._ended.append(order)
-        sequence = self._scheduler.find(order.request_id)
-        if sequence is not None and sequence.push is not None and sequence.attempt == order.attempt:
-            self._drop_prompt(sequence.push, "aborted")
+        for sequence in self._scheduler.find(order.request_id):
+            if sequence.push is not None and sequence.attempt == order.attempt:
+                self._drop_prompt(sequence.push, "aborted")
         pending = [push for push in self._writes.values() if EndPush(push.request_id, push.attempt) == order]
         for push in pending:
             push.is_unwanted = True
@@ -185,8 +185,7 @@ class Pushes:
 
     def reserved(self, sequence: Sequence) -> Reserved:
         """What to tell of a sequence that has got its blocks."""
-        num_blocks = blocks_for(len(sequence.token_ids), self._block_size)
-        return Reserved(sequence.request_id, sequence.attempt, sequence.block_ids[:num_blocks])
+        return Reserved(sequence.request_id, sequence.attempt, list(sequence.block_ids))
 
     def drop_reserved(self, sequence: Sequence) -> UnwantedPush:
         """Nobody wants `sequence` any more: its blocks are in quarantine until its writer has ended."""
@@ -196,12 +195,17 @@ class Pushes:
         return UnwantedPush(sequence.writer, order)
 
     def _start_decoding(self, work: Work) -> list[PushEvent]:
-        sequence = self._scheduler.find(work.request_id)
-        if sequence is None or not sequence.is_reserved or sequence.attempt != work.attempt:
+        here = self._scheduler.find(work.request_id)
+        reserved = [s for s in here if s.is_reserved and s.attempt == work.attempt]
+        if not reserved:
             reason = "no blocks are reserved for it here"
             return [WorkFailed(work.request_id, work.attempt, reason, retry=True)]
+        sequence = reserved[0]
         sequence.writer = None
-        sequence.token_ids = work.prompt_ids + work.output_ids
+        # Answers that have ended with their first token are not written here.
+        [answer] = sequences_of(work, Mode.DECODE, block_size=self._block_size)
+        sequence.choice, sequence.token_ids = answer.choice, answer.token_ids
+        sequence.siblings = answer.siblings
         self._scheduler.start_decoding(sequence, len(sequence.token_ids) - 1)
         return []
 

@@ -22,6 +22,6 @@ def sampling_arrays(sequences: Sequence_[Sequence]) -> list[npt.NDArray[np.float
         np.array([min(p.top_k, 2**63 - 1) for p in params], np.int64),
         np.array([p.top_p for p in params], np.float32),
         # The bits are what matters: signed and unsigned seeds of 64 bits are told apart nowhere.
-        np.array([(p.seed or 0) % 2**64 for p in params], np.uint64).view(np.int64),
+        np.array([((s.sampling.seed or 0) + s.choice) % 2**64 for s in sequences], np.uint64).view(np.int64),
         np.array([len(sequence.token_ids) for sequence in sequences], np.int64),
     ]

@@ -1,9 +1,10 @@
-"""A request inside the engine: its tokens, its blocks, and how far its KV cache has come."""
+"""An answer inside the engine: its tokens, its blocks, and how far its KV cache has come."""
 
 from dataclasses import dataclass, field
 from enum import Enum
 
 from pdengine.engine.leases import BorrowedLease
+from pdengine.models.prefix_hashes import PrefixHashes, unpack_hashes
 from pdengine.transport.messages import FinishReason, PushTarget, SamplingParams, Work
 
 
@@ -39,7 +40,11 @@ class Push:
 
 @dataclass(eq=False)
 class Sequence:
-    """Written by the scheduler (blocks, num_computed) and by `append` (tokens); compared by identity."""
+    """One answer to a prompt. Written by the scheduler and by `append`; compared by identity.
+
+    siblings: other answers to the same prompt, which hold no blocks until its KV cache is there: then they
+    are forked from this one. prefix: names of the blocks, if they may be shared with other requests.
+    """
 
     request_id: str
     attempt: int
@@ -47,30 +52,37 @@ class Sequence:
     sampling: SamplingParams
     num_prompt_tokens: int
     token_ids: list[int]  # prompt and answer so far
+    choice: int = 0  # which of the answers it is
+    priority: int = 0  # lower is more urgent
+    siblings: "list[Sequence]" = field(default_factory=list)
+    prefix: PrefixHashes | None = None
     lease: BorrowedLease | None = None  # mode DECODE: what to pull
     lease_id: int | None = None  # mode PREFILL: of the lease that will be granted, once somebody was told
     push: Push | None = None  # mode PREFILL: where the KV cache is written to, if nobody pulls it
     writer: str | None = None  # mode DECODE: the worker that pushes the KV cache here and has not ended yet
     may_wait: bool = True  # whether it may be queued, or is refused if it cannot start at once
+    order: int = 0  # of arrival; the same for all answers to a prompt, and stays when one is preempted
     block_ids: list[int] = field(default_factory=list)
     num_computed: int = 0  # leading tokens whose keys and values are in the pool
+    num_named: int = 0  # leading blocks that other requests can find
+    num_cached_blocks: int = 0  # leading blocks that were found when it was admitted
+    num_writable: int = 0  # as long as it has no more tokens, its blocks need not be looked at to write them
+    was_preempted: bool = False  # at least once
     finish_reason: FinishReason | None = None
-
-    @classmethod
-    def from_work(cls, work: Work, mode: Mode, *, may_wait: bool = True) -> "Sequence":
-        return cls(
-            request_id=work.request_id,
-            attempt=work.attempt,
-            mode=mode,
-            sampling=work.sampling,
-            num_prompt_tokens=len(work.prompt_ids),
-            token_ids=work.prompt_ids + work.output_ids,
-            may_wait=may_wait,
-        )
 
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_slots(self) -> int:
+        """Places in a batch that it and its siblings take."""
+        return 1 + len(self.siblings)
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        """The lower, the earlier it is served, and the later it is preempted."""
+        return self.priority, self.order, self.choice
 
     @property
     def is_reserved(self) -> bool:
@@ -86,13 +98,41 @@ class Sequence:
 
     def append(self, token_id: int, eos_token_ids: frozenset[int]) -> None:
         """Take the next token of the answer and see whether it is the last one."""
+        sampling = self.sampling
         self.token_ids.append(token_id)
-        if token_id in self.sampling.stop_token_ids or (
-            token_id in eos_token_ids and not self.sampling.ignore_eos
-        ):
+        if token_id in sampling.stop_token_ids or (token_id in eos_token_ids and not sampling.ignore_eos):
             self.finish_reason = "stop"
-        elif self.num_output_tokens >= self.sampling.max_tokens:
+        elif len(self.token_ids) - self.num_prompt_tokens >= sampling.max_tokens:
             self.finish_reason = "length"
+
+
+def sequences_of(work: Work, mode: Mode, *, block_size: int, may_wait: bool = True) -> list[Sequence]:
+    """The answers that `work` asks for: one sequence, with the others as its siblings.
+
+    Only where a whole request is taken up in the middle, the answers differ already: then each is a sequence
+    of its own, and what they share is found in the prefix cache.
+    """
+    names = work.prefix
+    blocks = [] if names is None else unpack_hashes(names.blocks)
+    sequences = [
+        Sequence(
+            request_id=work.request_id,
+            attempt=work.attempt,
+            mode=mode,
+            sampling=work.sampling,
+            num_prompt_tokens=len(work.prompt_ids),
+            token_ids=work.prompt_ids + choice.output_ids,
+            choice=choice.index,
+            priority=work.priority,
+            prefix=None if names is None else PrefixHashes(names.root, block_size, blocks),
+            may_wait=may_wait,
+        )
+        for choice in work.choices
+    ]
+    if mode is Mode.WHOLE and any(choice.output_ids for choice in work.choices):
+        return sequences
+    leader, *leader.siblings = sequences
+    return [leader]
 
 
 def blocks_for(num_tokens: int, block_size: int) -> int:

@@ -15,6 +15,7 @@ import torch
 import zmq.asyncio
 
 from pdengine.engine.block_pool import BlockPool
+from pdengine.engine.cpu_threads import compute_threads
 from pdengine.engine.device_memory import CudaContext
 from pdengine.engine.devices import open_device
 from pdengine.engine.engine import Engine
@@ -41,6 +42,7 @@ from pdengine.engine.pulls import Pulls
 from pdengine.engine.pushes import Pushes
 from pdengine.engine.runner import Runner
 from pdengine.engine.scheduler import Scheduler, SchedulerConfig
+from pdengine.engine.step_limit import StepLimit
 from pdengine.engine.worker import Worker, WorkerParts
 from pdengine.engine.worker_config import StartupError, WorkerConfig
 from pdengine.models.config import ModelConfig, load_config
@@ -53,6 +55,7 @@ from pdengine.transport.transfer import TransferEvent
 from pdengine.transport.two_path_transfer import TwoPathTransfer
 from pdengine.transport.ucx_loop import WARM_UP_BYTES
 from pdengine.transport.ucx_transfer import CudaPool
+from pdengine.triton_kernels.vector_code import has_bf16_dot_product
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +72,9 @@ def run_worker(config: WorkerConfig, *, progress: Callable[[int, int], None] | N
     model_config = load_config(config.model_directory)
     dtype = DTYPES[config.dtype or model_config.dtype]
     device = open_device(config.device)
-    _check_room(config, model_config, device)
+    if device.type == "cpu":
+        _prepare_cpu(config, dtype)
+    check_room(config, model_config, device)
     metrics = WorkerMetrics()
     if config.metrics_address is not None:
         logger.info("metrics on %s/metrics", MetricsServer(config.metrics_address, metrics).url)
@@ -101,11 +106,8 @@ def run_worker(config: WorkerConfig, *, progress: Callable[[int, int], None] | N
         layout=LAYOUT,
         ucx=transfer.version,
     )
-    model = load_decoder(config.model_directory, model_config, dtype=dtype, device=device, progress=progress)
-    num_blocks = _plan(config, model, dtype, device).num_blocks
-    kv_cache = KVCache(
-        model_config, num_blocks=num_blocks, block_size=config.block_size, dtype=dtype, device=device
-    )
+    model, kv_cache = load_model(config, model_config, device, progress=progress)
+    num_blocks = len(kv_cache.pool)
     descriptor = PeerDescriptor(
         engine_id=uuid4().hex,
         role=config.role,
@@ -114,7 +116,7 @@ def run_worker(config: WorkerConfig, *, progress: Callable[[int, int], None] | N
         region=transfer.register(kv_cache.describe(), kv_cache.memory),
     )
     pool = BlockPool(num_blocks)
-    scheduler = Scheduler(_scheduler_config(config, num_blocks), pool)
+    scheduler = Scheduler(scheduler_config(config, num_blocks), pool)
     engine = Engine(
         engine_id=descriptor.engine_id,
         scheduler=scheduler,
@@ -125,6 +127,7 @@ def run_worker(config: WorkerConfig, *, progress: Callable[[int, int], None] | N
         lease_duration=config.lease_seconds,
         metrics=metrics,
         emit=lambda events: worker.on_events(events),
+        step_limit=_step_limit(config),
     )
     worker = Worker(
         WorkerParts(
@@ -132,6 +135,7 @@ def run_worker(config: WorkerConfig, *, progress: Callable[[int, int], None] | N
             compatibility=compatibility,
             max_context=model_config.max_position_embeddings,
             block_size=config.block_size,
+            max_requests=config.max_requests,
             lease_seconds=config.lease_seconds,
             drain_seconds=config.drain_seconds,
             router_address=config.router_address,
@@ -147,7 +151,38 @@ def run_worker(config: WorkerConfig, *, progress: Callable[[int, int], None] | N
     context.destroy()
 
 
-def _check_room(config: WorkerConfig, model: ModelConfig, device: torch.device) -> None:
+def _prepare_cpu(config: WorkerConfig, dtype: torch.dtype) -> None:
+    threads = compute_threads(config.threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    logger.info("computing with %d threads", torch.get_num_threads())
+    if dtype == torch.bfloat16 and not has_bf16_dot_product():
+        logger.warning("this CPU does not multiply bfloat16 natively; --dtype float32 may be faster")
+
+
+def load_model(
+    config: WorkerConfig,
+    model_config: ModelConfig,
+    device: torch.device,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Decoder, KVCache]:
+    """The decoder on `device`, ready to compute, and a KV cache in the memory that it leaves.
+
+    Raises StartupError or CheckpointError.
+    """
+    dtype = DTYPES[config.dtype or model_config.dtype]
+    model = load_decoder(config.model_directory, model_config, dtype=dtype, device=device, progress=progress)
+    if device.type == "cpu":
+        model.pack()
+    num_blocks = _plan(config, model, dtype, device).num_blocks
+    kv_cache = KVCache(
+        model_config, num_blocks=num_blocks, block_size=config.block_size, dtype=dtype, device=device
+    )
+    return model, kv_cache
+
+
+def check_room(config: WorkerConfig, model: ModelConfig, device: torch.device) -> None:
     """Raise StartupError if it is sure before anything is loaded that the model cannot be served here."""
     if device.type == "cuda":
         check_gpu_model(model)
@@ -189,13 +224,19 @@ async def _serve(worker: Worker) -> None:
     await worker.run()
 
 
-def _scheduler_config(config: WorkerConfig, num_blocks: int) -> SchedulerConfig:
+def scheduler_config(config: WorkerConfig, num_blocks: int) -> SchedulerConfig:
     return SchedulerConfig(
         block_size=config.block_size,
         max_batch_tokens=config.max_batch_tokens,
         max_requests=config.max_requests,
         max_pinned_blocks=max(1, int(num_blocks * config.pinned_share)),
     )
+
+
+def _step_limit(config: WorkerConfig) -> StepLimit | None:
+    if config.max_step_ms is None:
+        return None
+    return StepLimit(config.max_step_ms / 1000, config.block_size)
 
 
 def _advertised(bound: str, advertise: str | None) -> str:

@@ -17,12 +17,11 @@ from typing import Any
 import msgspec
 import zmq.asyncio
 
-from pdengine.engine.engine import (
+from pdengine.engine.commands import (
     AbortAll,
     AbortRequest,
-    AddSequence,
+    AddRequest,
     CoverLease,
-    Engine,
     Event,
     FreeLease,
     LeaseUnneeded,
@@ -30,10 +29,11 @@ from pdengine.engine.engine import (
     Report,
     Stop,
 )
+from pdengine.engine.engine import Engine
 from pdengine.engine.leases import BorrowedLease, BorrowedLeases, GrantedLeases
 from pdengine.engine.metrics import WorkerMetrics
 from pdengine.engine.pushes import LoseWriter, StartPushed, UnwantedPush
-from pdengine.engine.sequence import Mode, Push, Sequence, blocks_for
+from pdengine.engine.sequence import Mode, Push, Sequence, blocks_for, sequences_of
 from pdengine.engine.worker_config import StartupError
 from pdengine.transport.messages import (
     Abort,
@@ -70,6 +70,7 @@ from pdengine.transport.messages import (
     Reserve,
     RouterToWorker,
     StepTokens,
+    TokenUpdate,
     Welcome,
     Work,
     WorkFailed,
@@ -98,6 +99,7 @@ class WorkerParts:
     compatibility: Compatibility
     max_context: int
     block_size: int
+    max_requests: int
     lease_seconds: float
     drain_seconds: float
     router_address: str
@@ -143,7 +145,8 @@ class Worker:
         # Told until its writer answers; one that is not met again by the deadline is taken for dead.
         self._unwanted_pushes: dict[EndPush, tuple[str, float]] = {}
         self._ends_awaited: dict[EndPush, bytes] = {}  # -> who waits for PushEnded
-        self._in_engine: set[str] = set()  # requests that were posted to the engine and have not ended
+        # Answers, by request, that were posted to the engine and have not ended.
+        self._in_engine: dict[str, set[int]] = {}
         self._peers: dict[str, Peer] = {}
         self._stopping = asyncio.Event()
         self._stop_now = asyncio.Event()
@@ -286,17 +289,17 @@ class Worker:
                 case Prefill(work, may_wait, push_to):
                     self._take_prompt(work, may_wait, push_to)
                 case PrefillAndDecode(work, may_wait):
-                    self._take(Sequence.from_work(work, Mode.WHOLE, may_wait=may_wait))
+                    self._take(self._sequences(work, Mode.WHOLE, may_wait))
                 case PullEarly():
                     self._pull_early(message)
                 case Reserve(work, writer):
-                    sequence = Sequence.from_work(work, Mode.DECODE)
-                    sequence.writer = writer
-                    self._take(sequence)
+                    sequences = self._sequences(work, Mode.DECODE)
+                    sequences[0].writer = writer
+                    self._take(sequences)
                 case Decode(work, KVLease() as lease):
                     self._take_leased(work, lease)
                 case Decode(work):
-                    self._engine.post(StartPushed(work))
+                    self._decode_pushed(work)
                 case Abort(request_id):
                     self._abort(request_id)
                 case RenewLeases():
@@ -328,15 +331,18 @@ class Worker:
 
     # ------------------------------------------------------------------------------------ work
 
-    def _take(self, sequence: Sequence) -> None:
-        refusal = self._refusal(sequence)
+    def _sequences(self, work: Work, mode: Mode, may_wait: bool = True) -> list[Sequence]:
+        return sequences_of(work, mode, block_size=self._parts.block_size, may_wait=may_wait)
+
+    def _take(self, sequences: list[Sequence]) -> None:
+        refusal = self._refusal(sequences)
         if refusal is None:
-            self._start(sequence)
+            self._start(sequences)
         else:
             self._send_to_router(refusal)
 
     def _take_prompt(self, work: Work, may_wait: bool, push_to: PushTarget | None) -> None:
-        sequence = Sequence.from_work(work, Mode.PREFILL, may_wait=may_wait)
+        [sequence] = self._sequences(work, Mode.PREFILL, may_wait)
         if push_to is not None:
             num_blocks = blocks_for(len(sequence.token_ids), self._parts.block_size)
             if push_to.engine_id not in self._peers or len(push_to.block_ids) != num_blocks:
@@ -344,16 +350,17 @@ class Worker:
                 self._send_to_router(WorkFailed(work.request_id, work.attempt, reason, retry=True))
                 return
             sequence.push = Push(work.request_id, work.attempt, push_to)
-        self._take(sequence)
+        self._take([sequence])
 
-    def _start(self, sequence: Sequence) -> None:
-        self._in_engine.add(sequence.request_id)
-        self._engine.post(AddSequence(sequence))
+    def _start(self, sequences: list[Sequence]) -> None:
+        answers = {answer.choice for sequence in sequences for answer in (sequence, *sequence.siblings)}
+        self._in_engine[sequences[0].request_id] = answers
+        self._engine.post(AddRequest(sequences))
 
     def _take_leased(self, work: Work, lease: KVLease) -> None:
         """Pull at once and renew the lease from now on; the engine waits until it is known to hold."""
-        sequence = Sequence.from_work(work, Mode.DECODE)
-        refusal = self._refusal(sequence, lease)
+        [sequence] = self._sequences(work, Mode.DECODE)
+        refusal = self._refusal([sequence], lease)
         if refusal is not None:
             self._send_to_router(refusal)
             return
@@ -361,40 +368,49 @@ class Worker:
         if not sequence.lease.is_acknowledged:
             self._uncovered.setdefault(sequence.lease, monotonic() + lease.duration)
         self._send_to_router(DecodeAccepted(work.request_id, work.attempt))
-        self._start(sequence)
+        self._start([sequence])
         self._renew_borrowed()
+
+    def _decode_pushed(self, work: Work) -> None:
+        self._in_engine[work.request_id] = {choice.index for choice in work.choices}
+        self._engine.post(StartPushed(work))
 
     def _pull_early(self, news: PullEarly) -> None:
         """Nobody depends on an early pull: what is wrong with it shows when Decode comes."""
-        needed = blocks_for(news.num_cached_tokens, self._parts.block_size)
-        fits = len(news.lease.block_ids) <= needed <= self._parts.descriptor.region.num_blocks
+        fits = len(news.lease.block_ids) <= self._parts.descriptor.region.num_blocks
         done = news.num_tokens // self._parts.block_size <= len(news.lease.block_ids)
         if fits and done and news.lease.engine_id in self._peers and not self._stopping.is_set():
             self._engine.post(news)
 
-    def _refusal(self, sequence: Sequence, lease: KVLease | None = None) -> WorkFailed | None:
+    def _refusal(self, sequences: list[Sequence], lease: KVLease | None = None) -> WorkFailed | None:
+        leader = sequences[0]
+
         def refuse(reason: str, *, retry: bool) -> WorkFailed:
             self._parts.metrics.request_ended("failed")
-            return WorkFailed(sequence.request_id, sequence.attempt, reason, retry)
+            return WorkFailed(leader.request_id, leader.attempt, reason, retry)
 
         if self._stopping.is_set():
             return refuse("the worker is leaving", retry=True)
-        needed = blocks_for(sequence.max_cached_tokens, self._parts.block_size)
-        num_blocks = self._parts.descriptor.region.num_blocks
+        needed = blocks_for(max(s.max_cached_tokens for s in sequences), self._parts.block_size)
+        num_blocks, max_requests = self._parts.descriptor.region.num_blocks, self._parts.max_requests
         if needed > num_blocks:
             return refuse(f"the request needs {needed} KV blocks, the pool has {num_blocks}", retry=False)
+        if leader.num_slots > max_requests:
+            reason = f"n is {leader.num_slots}, this worker writes {max_requests} answers at once at most"
+            return refuse(reason, retry=False)
         if lease is None:
             return None
         if lease.engine_id not in self._peers:
             return refuse("the prefill worker is not known here", retry=True)
-        if lease.num_tokens != len(sequence.token_ids) - 1 or len(lease.block_ids) < blocks_for(
+        lengths = {len(answer.token_ids) - 1 for answer in (leader, *leader.siblings)}
+        if lengths != {lease.num_tokens} or len(lease.block_ids) < blocks_for(
             lease.num_tokens, self._parts.block_size
         ):
             return refuse(f"lease {lease.lease_id} does not cover the tokens of the request", retry=True)
         return None
 
     def _abort(self, request_id: str) -> None:
-        self._in_engine.discard(request_id)
+        self._in_engine.pop(request_id, None)
         self._engine.post(AbortRequest(request_id))
 
     def _handle_events(self, events: list[Event]) -> None:
@@ -432,11 +448,20 @@ class Worker:
                 if lease is not None:
                     self._granted.grant(lease.lease_id, monotonic())
                 if not pushed:  # else its blocks are still being written to another worker
-                    self._in_engine.discard(request_id)
+                    self._in_engine.pop(request_id, None)
             case StepTokens(updates):
-                self._in_engine -= {update.request_id for update in updates if update.finish_reason}
+                for update in updates:
+                    if update.finish_reason is not None:
+                        self._end_answer(update)
             case WorkFailed(request_id) | WorkRefused(request_id) | Pushed(request_id):
-                self._in_engine.discard(request_id)
+                self._in_engine.pop(request_id, None)
+
+    def _end_answer(self, update: TokenUpdate) -> None:
+        """A request has ended here when all of its answers have."""
+        answers = self._in_engine.get(update.request_id, set())
+        answers.discard(update.choice)
+        if not answers:
+            self._in_engine.pop(update.request_id, None)
 
     # ----------------------------------------------------------------- leases granted to others
 

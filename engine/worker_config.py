@@ -28,7 +28,9 @@ class WorkerConfig:
     long a prompt's KV cache outlives its last renewal. pinned_share: of the pool, for prompts computed for
     other workers. pull_seconds: after that a pull is given up. drain_seconds: what SIGTERM leaves to requests
     in flight. metrics_address: HOST:PORT of metrics and probes, if any. same_host: how the KV cache moves to
-    and from workers on this host.
+    and from workers on this host. max_step_ms: prompts are computed in chunks so small that a step hardly
+    takes longer, in milliseconds; None is no limit. threads: that compute on a CPU; None is OMP_NUM_THREADS,
+    or else one for each core that the process may use.
     """
 
     role: Role
@@ -43,12 +45,14 @@ class WorkerConfig:
     block_size: int = 16
     max_batch_tokens: int = 2048
     max_requests: int = 64
+    threads: int | None = None
     lease_seconds: float = 30.0
     pinned_share: float = 0.9
     pull_seconds: float = 30.0
     drain_seconds: float = 30.0
     metrics_address: str | None = None
     same_host: SameHost = "mapping"
+    max_step_ms: float | None = None
 
     @property
     def is_on_gpu(self) -> bool:
@@ -72,6 +76,10 @@ class WorkerConfig:
             raise StartupError(f"max batch tokens {self.max_batch_tokens} must be at least 1")
         if self.max_requests < 1:
             raise StartupError(f"max requests {self.max_requests} must be at least 1")
+        if self.max_step_ms is not None and not self.max_step_ms > 0:
+            raise StartupError(f"max step of {self.max_step_ms:g} ms must be above 0")
+        if self.threads is not None and self.threads < 1:
+            raise StartupError(f"threads {self.threads} must be at least 1")
         if self.same_host not in get_args(SameHost):
             choices = ", ".join(get_args(SameHost))
             raise StartupError(f"same host {self.same_host!r} is not one of: {choices}")

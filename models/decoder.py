@@ -15,6 +15,7 @@ from pdengine.models.config import ModelConfig
 from pdengine.models.rope import inverse_frequencies, rope_cos_sin
 from pdengine.triton_kernels.attention import AttentionBatch
 from pdengine.triton_kernels.kernels import Kernels, kernels_for
+from pdengine.triton_kernels.packed_linear import PackedLinear
 
 
 class Decoder(nn.Module):
@@ -31,6 +32,7 @@ class Decoder(nn.Module):
         if kernels is None:
             kernels = kernels_for(torch.device("cpu"))
         self.config = config
+        self.dtype = dtype
         self.kernels = kernels
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
         self.layers = nn.ModuleList(
@@ -40,6 +42,7 @@ class Decoder(nn.Module):
         self.lm_head: Linear | None = None  # tied models use embed_tokens instead
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+        self.packed_embedding: PackedLinear | None = None  # for the logits of tied models, once packed
         # A plain attribute: as a buffer it would follow `.to(dtype)` and lose its precision.
         self.inverse_frequencies = inverse_frequencies(config.rope, config.head_dim)
 
@@ -68,9 +71,27 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`hidden` `[rows, hidden_size]` as `forward` returned it -> `[rows, vocab_size]` float32."""
-        weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        _, normed = self.kernels.add_rms_norm(hidden, None, self.norm.weight, self.norm.eps, weight.dtype)
-        return F.linear(normed, weight).to(torch.float32)
+        _, normed = self.kernels.add_rms_norm(hidden, None, self.norm.weight, self.norm.eps, self.dtype)
+        logits: Tensor
+        if self.lm_head is not None:
+            logits = self.lm_head(normed)
+        elif self.packed_embedding is not None:
+            logits = self.packed_embedding(normed)
+        else:
+            logits = F.linear(normed, self.embed_tokens.weight)
+        return logits.to(torch.float32)
+
+    def pack(self) -> None:
+        """Bring the weights of the projections into the order of the CPU's kernels; only on a CPU, once.
+
+        They are packed one by one and their plain form is given up, so memory holds them once; but tied
+        models keep the embeddings twice, plain to look tokens up, and packed for the logits.
+        """
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack()
+        if self.lm_head is None:
+            self.packed_embedding = PackedLinear(self.embed_tokens.weight, None)
 
 
 class DecoderLayer(nn.Module):
@@ -82,6 +103,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, index: int, dtype: torch.dtype, kernels: Kernels) -> None:
         super().__init__()
         self.kernels = kernels
+        self.dtype = dtype
         self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(config, index, dtype, kernels)
         self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -102,9 +124,10 @@ class DecoderLayer(nn.Module):
         residual, normed = self._add_norm(residual, update, self.post_attention_norm)
         return residual, self.mlp(normed)
 
+    __call__ = forward  # nobody hooks in here, so nn.Module's own call would only take time
+
     def _add_norm(self, residual: Tensor, update: Tensor | None, norm: "RMSNorm") -> tuple[Tensor, Tensor]:
-        dtype = self.mlp.down_proj.weight.dtype
-        return self.kernels.add_rms_norm(residual, update, norm.weight, norm.eps, dtype)
+        return self.kernels.add_rms_norm(residual, update, norm.weight, norm.eps, self.dtype)
 
 
 class Attention(nn.Module):
@@ -146,8 +169,9 @@ class Attention(nn.Module):
             batch,
         )  # [tokens, heads, head_dim]
         attended = self.kernels.paged_attention(query, kv_pool, self.layer, batch, self.scale)
-        output: Tensor = self.output_proj(attended.flatten(1))
-        return output
+        return self.output_proj(attended.flatten(1))
+
+    __call__ = forward
 
 
 class MLP(nn.Module):
@@ -164,8 +188,9 @@ class MLP(nn.Module):
         )
 
     def forward(self, normed: Tensor) -> Tensor:
-        output: Tensor = self.down_proj(self.kernels.silu_multiply(self.gate_up_proj(normed)))
-        return output
+        return self.down_proj(self.kernels.silu_multiply(self.gate_up_proj(normed)))
+
+    __call__ = forward
 
 
 class RMSNorm(nn.Module):
@@ -181,8 +206,20 @@ class Linear(nn.Linear):
     """Without torch's random initialization: the weights come from a file, and on the meta device drawing
     numbers for nobody would import a second's worth of torch."""
 
+    packed: PackedLinear | None = None
+
     def reset_parameters(self) -> None:
         pass
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight, self.bias) if self.packed is None else self.packed(input)
+
+    __call__ = forward
+
+    def pack(self) -> None:
+        """See `Decoder.pack`. The weight has no numbers afterwards."""
+        self.packed = PackedLinear(self.weight, self.bias)
+        self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
 
 class Embedding(nn.Embedding):

@@ -58,12 +58,12 @@ class Tokenizer:
         """The number of tokens, added ones included; a model's own vocab_size is often padded beyond it."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, with the special tokens that the checkpoint's post-processor adds.
 
         Raises ValueError for text that is not valid Unicode (lone surrogates).
         """
-        return self._encode(text, add_special_tokens=True)
+        return self._encode(text, add_special_tokens=add_special_tokens)
 
     def encode_chat(
         self,
@@ -99,6 +99,10 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise ValueError(f"text has a lone surrogate at character {error.start}") from error
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def spelling(self, token_id: int) -> str | None:
+        """The token as the vocabulary spells it, or None for an id without a token."""
+        return self._backend.id_to_token(token_id)
 
     def visible_token(self, token_id: int) -> str | None:
         """The token as the vocabulary spells it, or None for special tokens and ids without a token."""

@@ -5,10 +5,21 @@ from collections.abc import Sequence
 
 from pdengine.models.tokenizer import Tokenizer
 from pdengine.router.registry import Registry
-from pdengine.transport.messages import ChatPrompt, Prompt, SamplingParams, TextPrompt, TokenPrompt
+from pdengine.transport.messages import (
+    ChatPrompt,
+    Generate,
+    Prompt,
+    SamplingParams,
+    TextPrompt,
+    TokenPrompt,
+)
 
 MAX_TEXT_CHARACTERS = 4 * 2**20
 MAX_STOP_TOKENS = 1024
+MAX_CHOICES = 128
+MAX_TOKENS_OF_CHOICES = 2**20  # of all answers of one request together, where there are several
+MAX_SALT_CHARACTERS = 256
+PRIORITIES = range(-(2**31), 2**31)
 SEEDS = range(-(2**63), 2**64)
 
 
@@ -20,7 +31,31 @@ class InvalidRequest(ValueError):
         self.field = field
 
 
-def check_sampling(sampling: SamplingParams, timeout: float | None, vocab_size: int) -> None:
+def check_request(request: Generate, vocab_size: int) -> None:
+    """Raise InvalidRequest for values out of range; the prompt is not looked at."""
+    check_sampling(request.sampling, vocab_size)
+    n, max_tokens = request.n, request.sampling.max_tokens
+    if not 1 <= n <= MAX_CHOICES:
+        raise InvalidRequest("n", f"n is {n}, it must be at least 1 and at most {MAX_CHOICES}")
+    if n > 1 and n * max_tokens > MAX_TOKENS_OF_CHOICES:
+        raise InvalidRequest(
+            "n",
+            f"n is {n} and max_tokens is {max_tokens}, together {n * max_tokens} tokens, "
+            f"the limit is {MAX_TOKENS_OF_CHOICES}",
+        )
+    if request.priority not in PRIORITIES:
+        raise InvalidRequest("priority", f"priority is {request.priority}, it must fit in 32 bits")
+    if len(request.cache_salt) > MAX_SALT_CHARACTERS:
+        raise InvalidRequest(
+            "cache_salt",
+            f"cache_salt has {len(request.cache_salt)} characters, the limit is {MAX_SALT_CHARACTERS}",
+        )
+    timeout = request.timeout
+    if timeout is not None and not (math.isfinite(timeout) and timeout > 0):
+        raise InvalidRequest("timeout", f"timeout is {timeout}, it must be a positive number of seconds")
+
+
+def check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
     """Raise InvalidRequest for values out of range."""
     if sampling.max_tokens < 1:
         raise InvalidRequest("max_tokens", f"max_tokens is {sampling.max_tokens}, it must be at least 1")
@@ -39,8 +74,6 @@ def check_sampling(sampling: SamplingParams, timeout: float | None, vocab_size: 
     if len(sampling.stop_token_ids) > MAX_STOP_TOKENS:
         raise InvalidRequest("stop_token_ids", f"stop_token_ids has more than {MAX_STOP_TOKENS} entries")
     check_token_ids("stop_token_ids", sampling.stop_token_ids, vocab_size)
-    if timeout is not None and not (math.isfinite(timeout) and timeout > 0):
-        raise InvalidRequest("timeout", f"timeout is {timeout}, it must be a positive number of seconds")
 
 
 def check_token_ids(field: str, token_ids: Sequence[int], vocab_size: int) -> None:

@@ -6,25 +6,59 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pdengine.models.tokenizer import IncrementalDetokenizer
-from pdengine.transport.messages import KVLease, SamplingParams, TransferStats, Usage, Work
+from pdengine.router.prefixes import PromptPrefix
+from pdengine.router.registry import Demand
+from pdengine.transport.messages import (
+    Choice,
+    FinishReason,
+    KVLease,
+    PrefixNames,
+    SamplingParams,
+    TransferStats,
+    Usage,
+    Work,
+)
+
+
+@dataclass(eq=False)
+class Answer:
+    """One of the answers to a prompt, as far as it is written."""
+
+    index: int
+    output_ids: list[int] = field(default_factory=list)
+    detokenizer: IncrementalDetokenizer | None = None  # set when the prompt is tokenized
+    finish_reason: FinishReason | None = None
+
+    def append(self, token_id: int, finish_reason: FinishReason | None) -> str:
+        """Take the next token; the text that it completes. The one that stops an answer is no part of it."""
+        assert self.detokenizer is not None
+        self.output_ids.append(token_id)
+        self.finish_reason = finish_reason
+        text = "" if finish_reason == "stop" else self.detokenizer.push([token_id])
+        return text if finish_reason is None else text + self.detokenizer.finish()
 
 
 @dataclass(eq=False)
 class Request:
     """client, tag: who asked, and its name for the request. worker: engine id of the one that has it now.
 
-    early_worker: engine id of a decode worker that pulls the prompt while it is computed, or holds the blocks
-    that it is pushed into. refused_by: workers that had no room for this attempt. lease: held for this
-    request and not yet taken over by a decode worker (`lease_accepted`) or read.
+    choices: one per answer that was asked for. prefix: names of the prompt's blocks. cached_tokens: what the
+    attempt that wrote the first token did not have to compute of the prompt. early_worker: engine id of a
+    decode worker that pulls the prompt while it is computed, or holds the blocks that it is pushed into.
+    refused_by: workers that had no room for this attempt. lease: held for this request and not yet taken over
+    by a decode worker (`lease_accepted`) or read.
     """
 
     request_id: str
     client: bytes
     tag: int
     sampling: SamplingParams
+    n: int = 1
+    priority: int = 0
     prompt_ids: list[int] = field(default_factory=list)
-    output_ids: list[int] = field(default_factory=list)
-    detokenizer: IncrementalDetokenizer | None = None
+    choices: list[Answer] = field(init=False)
+    prefix: PromptPrefix | None = None
+    cached_tokens: int | None = None
     attempt: int = 0
     worker: str | None = None
     early_worker: str | None = None
@@ -37,22 +71,71 @@ class Request:
     deadline: asyncio.TimerHandle | None = None
     task: asyncio.Task[Any] | None = None  # while it is being tokenized
 
-    @property
-    def num_tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.output_ids)
+    def __post_init__(self) -> None:
+        self.choices = [Answer(index) for index in range(self.n)]
 
     @property
-    def max_total_tokens(self) -> int:
-        """Tokens of prompt and longest answer."""
-        return len(self.prompt_ids) + self.sampling.max_tokens
+    def unfinished(self) -> list[Answer]:
+        return [choice for choice in self.choices if choice.finish_reason is None]
+
+    @property
+    def has_output(self) -> bool:
+        """Whether any token has been written."""
+        return any(choice.output_ids for choice in self.choices)
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether answers are to be continued that differ, so that one prefill cannot serve them all."""
+        unfinished = self.unfinished
+        return len(unfinished) > 1 and any(choice.output_ids for choice in unfinished)
+
+    @property
+    def prefix_names(self) -> PrefixNames | None:
+        return None if self.prefix is None else self.prefix.names
+
+    def find_choice(self, index: int) -> Answer | None:
+        """The answer of this index, if it is still being written."""
+        if not 0 <= index < len(self.choices) or self.choices[index].finish_reason is not None:
+            return None
+        return self.choices[index]
+
+    def note_cached(self, worker: str, num_tokens: int) -> None:
+        """A worker has found so much of the prompt in its prefix cache.
+
+        The first word of who computes the prompt counts. After a failure in the middle of an answer more is
+        found, some of it computed for this very request, and a decode worker saves a part of the pull with
+        what it finds, no computation.
+        """
+        if worker == self.prefill_worker and self.cached_tokens is None and not self.has_output:
+            self.cached_tokens = min(num_tokens, len(self.prompt_ids))
+
+    def demand(self) -> Demand:
+        """What the answers that are still to be written need of a worker."""
+        prompt, unfinished = len(self.prompt_ids), self.unfinished
+        return Demand(
+            num_tokens=prompt + sum(len(choice.output_ids) for choice in unfinished),
+            longest=prompt + self.sampling.max_tokens - 1,
+            total=prompt + len(unfinished) * (self.sampling.max_tokens - 1),
+            prefix=self.prefix,
+        )
 
     def work(self) -> Work:
         return Work(
-            self.request_id, self.attempt, self.prompt_ids, list(self.output_ids), sampling=self.sampling
+            self.request_id,
+            self.attempt,
+            self.prompt_ids,
+            [Choice(choice.index, list(choice.output_ids)) for choice in self.unfinished],
+            sampling=self.sampling,
+            priority=self.priority,
+            prefix=self.prefix_names,
         )
 
     def usage(self) -> Usage:
-        return Usage(prompt_tokens=len(self.prompt_ids), completion_tokens=len(self.output_ids))
+        return Usage(
+            prompt_tokens=len(self.prompt_ids),
+            completion_tokens=sum(len(choice.output_ids) for choice in self.choices),
+            cached_tokens=self.cached_tokens or 0,
+        )
 
 
 class Ledger:

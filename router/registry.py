@@ -1,10 +1,12 @@
 """Which workers there are, how busy they are, and which of them gets the next piece of work."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from pdengine.router.prefixes import PromptPrefix, unpack_tags
 from pdengine.transport.messages import (
     PROTOCOL_VERSION,
+    CacheUpdate,
     Compatibility,
     Hello,
     Load,
@@ -15,11 +17,27 @@ from pdengine.transport.messages import (
 )
 
 
+@dataclass(frozen=True)
+class Demand:
+    """What a request needs of a worker, in tokens.
+
+    num_tokens: prompt and answers so far, whose keys and values come first. longest, total: those that will
+    be cached in the end, of the prompt with the longest answer, and with all answers; the last token of an
+    answer never is.
+    """
+
+    num_tokens: int
+    longest: int
+    total: int
+    prefix: PromptPrefix | None = None
+
+
 @dataclass(eq=False)
 class WorkerEntry:
-    """identity: of its connection. assigned: tokens of prompt and answer of every request that it has now,
-    as the router knows it, which is newer than the last heartbeat. links: peers it can pull from -> lanes.
-    broken_links: peers that it has tried to pull from in vain.
+    """identity: of its connection. assigned: tokens of every request that it has now, as the router knows it,
+    which is newer than the last heartbeat: those to compute, and on decode workers all that will be cached.
+    links: peers it can pull from -> lanes. broken_links: peers that it has tried to pull from in vain.
+    cached_tags: of the blocks in its prefix cache, as far as it has announced them.
     """
 
     identity: bytes
@@ -32,6 +50,7 @@ class WorkerEntry:
     assigned: dict[str, int] = field(default_factory=dict)
     links: dict[str, str] = field(default_factory=dict)
     broken_links: set[str] = field(default_factory=set)
+    cached_tags: set[int] = field(default_factory=set)
 
     @property
     def engine_id(self) -> str:
@@ -53,6 +72,25 @@ class WorkerEntry:
     def has_room(self, num_tokens: int) -> bool:
         """Whether a request of `num_tokens` fits beside those that are assigned."""
         return self.assigned_tokens + num_tokens <= self.capacity
+
+    def update_cached_tags(self, update: CacheUpdate) -> None:
+        """Raises ValueError, and changes nothing, if the update has a part of a tag."""
+        added, removed = unpack_tags(update.added), unpack_tags(update.removed)
+        if update.reset:
+            self.cached_tags.clear()
+        self.cached_tags.difference_update(removed)
+        self.cached_tags.update(added)
+
+    def cached_blocks(self, prefix: PromptPrefix | None) -> int:
+        """How many of a prompt's leading blocks are in its prefix cache."""
+        tags = prefix.tags if prefix is not None else ()
+        return next((count for count, tag in enumerate(tags) if tag not in self.cached_tags), len(tags))
+
+    def uncached_tokens(self, demand: Demand) -> int:
+        """Tokens that it would have to compute; the last one always, since the next one follows from it."""
+        if demand.prefix is None:
+            return demand.num_tokens
+        return max(1, demand.num_tokens - self.cached_blocks(demand.prefix) * demand.prefix.block_size)
 
 
 class Registry:
@@ -112,29 +150,53 @@ class Registry:
 
     # ------------------------------------------------------------------------------- placement
 
-    def rank_prefill(self, num_tokens: int, max_tokens: int) -> list[WorkerEntry]:
+    def rank_prefill(self, demand: Demand) -> list[WorkerEntry]:
         """Workers for a new request, the least loaded first: those that prefill, or that do all of it.
 
-        Where one side of a disaggregated cluster is missing, the other side runs whole requests.
+        The load is what has been assigned and what this prompt would add, so a worker that has its prefix
+        comes first until it is busier by as much as it saves. Where one side of a disaggregated cluster is
+        missing, the other side runs whole requests.
         """
-        num_cached = num_tokens + max_tokens - 1  # at the end: the last token is never cached
-        prefills = [worker for worker in self._able(num_tokens) if self.splits(worker)]
-        for_prompt = [w for w in prefills if self.pick_decode(num_cached, w.engine_id) is not None]
-        for_all = [w for w in self._able(num_cached) if not self.splits(w)]
+        prefills = [worker for worker in self._able(demand.num_tokens) if self.splits(worker)]
+        anyhow = replace(demand, prefix=None)  # whether there is one, not which
+        for_prompt = [w for w in prefills if self.pick_decode(anyhow, w.engine_id) is not None]
+        for_all = [w for w in self._able(demand.longest) if not self.splits(w)]
         candidates = for_prompt + [w for w in for_all if w.role == "unified"] or for_all
-        return sorted(candidates, key=lambda w: (w.assigned_tokens, len(w.assigned)))
+        return self._by_load(candidates, demand)
 
-    def pick_decode(self, num_tokens: int, holder: str | None = None) -> WorkerEntry | None:
-        """A decode worker that can pull from `holder`, has room for `num_tokens` and the fewest requests.
+    def rank_whole(self, demand: Demand) -> list[WorkerEntry]:
+        """Workers of any role for a request that one worker must run to its end, the least loaded first."""
+        return self._by_load(self._able(demand.longest), demand)
 
-        The wishes count in this order: one that has no link yet, or no room, is better than none.
+    def pick_local(self, demand: Demand, limit: int) -> WorkerEntry | None:
+        """A decode worker that has so much of a prompt that it should compute the rest by itself.
+
+        The rest is `limit` tokens at most, and at least one block of the prompt is there. The smallest rest
+        wins: in a conversation that is the worker that wrote the last answer.
         """
-        able = [worker for worker in self._able(num_tokens) if worker.role == "decode"]
+        rests = {
+            worker: worker.uncached_tokens(demand)
+            for worker in self._able(demand.longest)
+            if worker.role == "decode" and worker.cached_blocks(demand.prefix) > 0
+        }
+        workers = [w for w, rest in rests.items() if rest <= limit and w.has_room(demand.total)]
+        return min(workers, key=lambda w: (rests[w], len(w.assigned)), default=None)
+
+    def pick_decode(self, demand: Demand, holder: str | None = None) -> WorkerEntry | None:
+        """A decode worker that can pull from `holder`, has room for all answers and the fewest requests.
+
+        The wishes count in this order: one that has no link yet, or no room, is better than none. Among
+        workers with as many requests the one that has most of the prompt has the least to pull; that alone is
+        no reason to make a batch larger, since a pull is paid once and every token of the batch is slower.
+        """
+        able = [worker for worker in self._able(demand.longest) if worker.role == "decode"]
         workers = [worker for worker in able if holder not in worker.broken_links]
 
-        def load(worker: WorkerEntry) -> tuple[bool, bool, int, int]:
+        def load(worker: WorkerEntry) -> tuple[bool, bool, int, int, int]:
             unlinked = holder is not None and holder not in worker.links
-            return unlinked, not worker.has_room(num_tokens), len(worker.assigned), worker.assigned_tokens
+            cached = worker.cached_blocks(demand.prefix)
+            room = worker.has_room(demand.total)
+            return unlinked, not room, len(worker.assigned), -cached, worker.assigned_tokens
 
         return min(workers, key=load, default=None)
 
@@ -151,10 +213,18 @@ class Registry:
             for other in self._workers.values()
         )
 
+    def _by_load(self, workers: list[WorkerEntry], demand: Demand) -> list[WorkerEntry]:
+        return sorted(workers, key=lambda w: (w.assigned_tokens + w.uncached_tokens(demand), len(w.assigned)))
+
     def _able(self, num_tokens: int) -> list[WorkerEntry]:
         return [w for w in self._workers.values() if not w.leaving and w.capacity >= num_tokens]
 
     # ---------------------------------------------------------------------------------- limits
+
+    @property
+    def block_size(self) -> int | None:
+        """Tokens per KV block, the same in all workers; None without workers."""
+        return next((worker.compatibility.block_size for worker in self._workers.values()), None)
 
     @property
     def max_context(self) -> int | None:

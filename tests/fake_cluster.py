@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Generic, TypeVar
 
@@ -12,9 +12,13 @@ import zmq.asyncio
 from pdengine.client import AsyncClient
 from pdengine.models.demo.facts import checkpoint_directory
 from pdengine.models.fingerprint import model_fingerprint
-from pdengine.router.router import Router, RouterConfig
+from pdengine.models.prefix_hashes import PrefixHashes, prefix_root
+from pdengine.router.config import RouterConfig
+from pdengine.router.router import Router
 from pdengine.transport.messages import (
+    PREFIX_TAG_BYTES,
     PROTOCOL_VERSION,
+    CacheUpdate,
     Compatibility,
     Decode,
     DecodeAccepted,
@@ -150,6 +154,14 @@ class FakeWorker(Peer[RouterToWorker]):
         self.send(self.hello)
         return await self.expect(Welcome)
 
+    def announce(self, token_ids: Sequence[int], salt: str = "") -> None:
+        """The KV cache of these tokens' full blocks is in this worker's prefix cache now."""
+        self.send(
+            CacheUpdate(
+                added=b"".join(name[:PREFIX_TAG_BYTES] for name in names_of(token_ids, salt)), removed=b""
+            )
+        )
+
     async def sync(self) -> None:
         """Return when everything that the router had sent by now is in the inbox."""
         self.send(Heartbeat(self.hello.load))
@@ -158,13 +170,19 @@ class FakeWorker(Peer[RouterToWorker]):
     def send_prefilled(
         self, work: Work, token_id: int, finish_reason: FinishReason | None = None
     ) -> KVLease | None:
+        """The prompt is computed, and the next token of every answer is the same."""
+        return self.send_first_tokens(work, [(token_id, finish_reason)] * len(work.choices))
+
+    def send_first_tokens(
+        self, work: Work, tokens: Sequence[tuple[int, FinishReason | None]]
+    ) -> KVLease | None:
+        """The prompt is computed; the next token of each answer, and whether it is its last one."""
         self._last_lease_id += 1
         lease = None
-        if finish_reason is None:
-            num_tokens = len(work.prompt_ids) + len(work.output_ids)
+        if any(finish_reason is None for _, finish_reason in tokens):
+            num_tokens = len(work.prompt_ids) + len(work.choices[0].output_ids)
             lease = KVLease(self._last_lease_id, self.engine_id, [0], num_tokens, duration=30.0)
-        position = len(work.output_ids)
-        self.send(Prefilled(work.request_id, work.attempt, position, token_id, finish_reason, lease))
+        self.send(Prefilled(work.request_id, work.attempt, next_tokens(work, tokens), lease))
         return lease
 
     def send_accepted(self, work: Work) -> None:
@@ -174,15 +192,44 @@ class FakeWorker(Peer[RouterToWorker]):
         self.send(Pulled(work.request_id, work.attempt, STATS))
 
     def send_tokens(
-        self, work: Work, *token_ids: int, skip: int = 0, finish_reason: FinishReason | None = None
+        self,
+        work: Work,
+        *token_ids: int,
+        skip: int = 0,
+        finish_reason: FinishReason | None = None,
+        choice: int | None = None,
     ) -> None:
-        """The next tokens of a request, one message each; `skip` were sent before."""
-        first = len(work.output_ids) + skip
+        """The next tokens of an answer, by default of the only one, one message each; `skip` were sent
+        before."""
+        if choice is None:
+            [choice] = [choice.index for choice in work.choices]
+        first = skip + next(len(c.output_ids) for c in work.choices if c.index == choice)
         for position, token_id in enumerate(token_ids, first):
             last = position == first + len(token_ids) - 1
             reason = finish_reason if last else None
-            update = TokenUpdate(work.request_id, work.attempt, position, token_id, reason)
+            update = TokenUpdate(work.request_id, work.attempt, choice, position, token_id, reason)
             self.send(StepTokens([update]))
+
+
+def output_ids(work: Work) -> list[int]:
+    """What is written already of the only answer that is asked for."""
+    [choice] = work.choices
+    return choice.output_ids
+
+
+def next_tokens(work: Work, tokens: Sequence[tuple[int, FinishReason | None]]) -> list[TokenUpdate]:
+    """A token of each answer, in order, and why the answer ends with it, if it does."""
+    return [
+        TokenUpdate(work.request_id, work.attempt, choice.index, len(choice.output_ids), *token)
+        for choice, token in zip(work.choices, tokens, strict=True)
+    ]
+
+
+def names_of(token_ids: Sequence[int], salt: str = "") -> list[bytes]:
+    """The names of the full blocks of a prompt to the model of `hello`."""
+    hashes = PrefixHashes(prefix_root(MODEL, salt), BLOCK_SIZE)
+    hashes.extend(token_ids)
+    return hashes.blocks
 
 
 class FakeCluster:

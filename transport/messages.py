@@ -8,8 +8,8 @@ durations: no clock reading ever crosses the wire.
     client  -> router   Generate, Cancel, Inquire, GetStatus
     router  -> client   Accepted, Delta, Status, and one Outcome per request
     worker  -> router   Hello, Heartbeat, Leaving, Left, PeerLink, PromptProgress, EarlyPullDropped,
-                        Prefilled, DecodeAccepted, Pulled, Reserved, Pushed, StepTokens, WorkRefused,
-                        WorkFailed, LeasesRenewed
+                        Prefilled, PrefixHit, CacheUpdate, DecodeAccepted, Pulled, Reserved, Pushed,
+                        StepTokens, WorkRefused, WorkFailed, LeasesRenewed
     router  -> worker   Welcome, Refused, HeartbeatReply, PeerJoined, PeerLeft, Prefill, PullEarly, Reserve,
                         Decode, PrefillAndDecode, Abort, RenewLeases, ReleaseLeases
     decode  -> prefill  RenewLeases, ReleaseLeases, EndPush
@@ -22,7 +22,9 @@ import msgspec
 
 from pdengine.transport.regions import RegionDescriptor
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
+
+PREFIX_TAG_BYTES = 8
 
 Role = Literal["prefill", "decode", "unified"]
 FinishReason = Literal["stop", "length"]
@@ -82,20 +84,42 @@ class ChatPrompt(msgspec.Struct, frozen=True, tag="chat"):
 Prompt = TextPrompt | TokenPrompt | ChatPrompt
 
 
-class Work(msgspec.Struct, frozen=True):
+class PrefixNames(msgspec.Struct, frozen=True):
+    """Under which names the KV cache of a prompt is looked up and kept (pdengine.models.prefix_hashes).
+
+    root: of the empty prefix, made of the model and the salt. blocks: of the prompt's full blocks, one after
+    the other.
+    """
+
+    root: bytes
+    blocks: bytes
+
+
+class Choice(msgspec.Struct, frozen=True, array_like=True):
+    """One of the answers to a prompt. output_ids: its tokens that were written before this attempt."""
+
+    index: int
+    output_ids: list[int]
+
+
+class Work(msgspec.Struct, frozen=True, omit_defaults=True):
     """One attempt at one request, as a worker gets it.
 
     attempt: counts up whenever the router gives the request to somebody again; workers and router ignore
         whatever belongs to an older attempt.
-    output_ids: tokens that were written before this attempt, which continues after them.
-    sampling: with a seed.
+    choices: the answers that are still to be written, at least one. They share the prompt's KV cache.
+    sampling: with a seed. Answer i draws its noise from seed + i.
+    priority: lower is more urgent.
+    prefix: None if the KV cache of other requests shall neither be used for this one nor the reverse.
     """
 
     request_id: str
     attempt: int
     prompt_ids: list[int]
-    output_ids: list[int]
+    choices: list[Choice]
     sampling: SamplingParams
+    priority: int = 0
+    prefix: PrefixNames | None = None
 
 
 class KVLease(msgspec.Struct, frozen=True):
@@ -124,6 +148,7 @@ class TransferStats(msgspec.Struct, frozen=True):
     num_gets: reads, one per run of consecutive blocks; of a push, writes. seconds: while reads were in
     flight; of a push, from its first write to the end of its last one. lanes: what carried them, "mapping" or
     as UCX names it. num_early_blocks: those whose read began before the prompt was complete.
+    num_cached_blocks: not among num_blocks; they were there already, as the prefix of another request.
     """
 
     num_blocks: int
@@ -132,6 +157,7 @@ class TransferStats(msgspec.Struct, frozen=True):
     seconds: float
     lanes: str
     num_early_blocks: int = 0
+    num_cached_blocks: int = 0
 
 
 # ------------------------------------------------------------------------------------- client <-> router
@@ -141,12 +167,19 @@ class Generate(Message, frozen=True):
     """tag: the client's own number for this request, unique among its requests in flight.
 
     timeout: seconds until the router aborts the request; None is no deadline.
+    n: answers to write.
+    priority: lower is more urgent. Requests of one priority are served in the order of their arrival.
+    cache_salt: the KV cache of a prompt is shared among requests of one salt only, so that nobody else can
+        tell by the time of an answer what was asked before.
     """
 
     tag: int
     prompt: Prompt
     sampling: SamplingParams = SamplingParams()
     timeout: float | None = None
+    n: int = 1
+    priority: int = 0
+    cache_salt: str = ""
 
 
 class Cancel(Message, frozen=True):
@@ -170,23 +203,25 @@ class Accepted(Message, frozen=True):
 
 
 class Delta(Message, frozen=True):
-    """New tokens, and the text that they complete; text may lag tokens by part of a character."""
+    """New tokens of answer `index`, and the text that they complete; text may lag tokens by part of a
+    character. finish_reason: with the last one of each answer."""
 
     tag: int
     text: str
     token_ids: list[int]
+    index: int = 0
+    finish_reason: FinishReason | None = None
 
 
 class Finished(Message, frozen=True):
-    """text: what was still held back from the last Delta."""
+    """finish_reasons: of all answers, in order. usage: of all of them together."""
 
     tag: int
-    finish_reason: FinishReason
+    finish_reasons: list[FinishReason]
     usage: Usage
     prefill_worker: str
     decode_worker: str
     attempts: int
-    text: str = ""
     transfer: TransferStats | None = None
 
 
@@ -268,8 +303,9 @@ class PeerDescriptor(msgspec.Struct, frozen=True):
 
 class Load(msgspec.Struct, frozen=True):
     """running, waiting: requests. pinned_blocks: of prompts computed for others, running or leased.
-    quarantined_blocks: destinations of pulls and pushes that have not ended. step_age: seconds since the
-    engine loop last turned, while a sequence can run; else 0.
+    quarantined_blocks: destinations of pulls and pushes that have not ended. idle_blocks: of the free ones,
+    those that the prefix cache can still give. step_age: seconds since the engine loop last turned, while a
+    sequence can run; else 0.
     """
 
     num_blocks: int
@@ -279,6 +315,7 @@ class Load(msgspec.Struct, frozen=True):
     running: int = 0
     waiting: int = 0
     step_age: float = 0.0
+    idle_blocks: int = 0
 
 
 class Hello(Message, frozen=True):
@@ -323,16 +360,14 @@ class PromptProgress(Message, frozen=True):
 
 
 class Prefilled(Message, frozen=True):
-    """The prompt's KV cache is there, and so is the next token.
+    """The prompt's KV cache is there, and so is the next token of each answer, in the order of the choices.
 
-    lease: None where the request ended with this token, or where the KV cache is pushed: then Pushed follows.
+    lease: None where all answers ended with this token, or where the KV cache is pushed: then Pushed follows.
     """
 
     request_id: str
     attempt: int
-    position: int
-    token_id: TokenId
-    finish_reason: FinishReason | None
+    tokens: list["TokenUpdate"]
     lease: KVLease | None
     pushed: bool = False
 
@@ -358,7 +393,7 @@ class Pulled(Message, frozen=True):
 
 
 class Reserved(Message, frozen=True):
-    """Blocks for the whole request are held here; `block_ids` are those that its prompt is written to."""
+    """Blocks for the prompt are held here, `block_ids`, for it to be written to."""
 
     request_id: str
     attempt: int
@@ -373,11 +408,32 @@ class Pushed(Message, frozen=True):
     stats: TransferStats
 
 
-class TokenUpdate(msgspec.Struct, frozen=True, array_like=True):
-    """position: of the token, counted from the first token of the answer."""
+class PrefixHit(Message, frozen=True):
+    """The KV cache of the prompt's first `cached_tokens` tokens was here already, from another request."""
 
     request_id: str
     attempt: int
+    cached_tokens: int
+
+
+class CacheUpdate(Message, frozen=True):
+    """Which blocks can be found in this worker's prefix cache: what has changed since the last update.
+
+    added, removed: the first PREFIX_TAG_BYTES of the name of each block, one after the other; the removals
+    come first. reset: forget all that was added before.
+    """
+
+    added: bytes
+    removed: bytes
+    reset: bool = False
+
+
+class TokenUpdate(msgspec.Struct, frozen=True, array_like=True):
+    """choice: index of the answer. position: of the token, counted from the first token of the answer."""
+
+    request_id: str
+    attempt: int
+    choice: int
     position: int
     token_id: TokenId
     finish_reason: FinishReason | None
@@ -463,15 +519,14 @@ class Prefill(Message, frozen=True):
 class PullEarly(Message, frozen=True):
     """If there is room, start to pull the first `num_tokens` tokens of a prompt that is still computed.
 
-    num_cached_tokens: tokens that the request will hold in the cache in the end. Decode follows with the
-    same lease, or Abort, or nothing.
+    lease: its blocks are those of the whole prompt. Decode follows with the same lease, or Abort, or nothing.
     """
 
     request_id: str
     attempt: int
-    num_cached_tokens: int
     num_tokens: int
     lease: KVLease
+    prefix: PrefixNames | None = None
 
 
 class Reserve(Message, frozen=True):
@@ -541,6 +596,8 @@ WorkerToRouter = (
     | PromptProgress
     | EarlyPullDropped
     | Prefilled
+    | PrefixHit
+    | CacheUpdate
     | DecodeAccepted
     | Pulled
     | Reserved

@@ -7,10 +7,9 @@ kernel reads (`[block_size, head_dim]`) is contiguous too. Paging follows PagedA
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
-
-from pdengine.triton_kernels.attention_plan import AttentionPlan
 
 
 @dataclass(frozen=True)
@@ -32,5 +31,5 @@ class AttentionBatch:
     context_lengths_on_host: list[int]
     num_decodes: int  # sequences [0, num_decodes) have one new token each; later ones may have one, too
 
-    # What triton_attention has planned for this step, by the shape of the heads; the layers share it.
-    plans: dict[Hashable, AttentionPlan] = field(default_factory=dict, repr=False, compare=False)
+    # What an implementation has planned for this step, by the shape of the heads; the layers share it.
+    plans: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)

@@ -89,11 +89,14 @@ class Kernels(Protocol):
 
 
 def kernels_for(device: torch.device) -> Kernels:
-    """Torch for a CPU, Triton for a GPU. Raises ValueError for any other device."""
-    if device.type == "cpu":
-        from pdengine.triton_kernels.torch_kernels import TorchKernels
+    """numba's for a CPU, Triton's for a GPU. Raises ValueError for any other device.
 
-        return TorchKernels()
+    The first call in a process compiles the kernels of a CPU, for some seconds, or loads them from a cache.
+    """
+    if device.type == "cpu":
+        from pdengine.triton_kernels.cpu_kernels import CpuKernels
+
+        return CpuKernels()
     if device.type == "cuda":
         # Here, because to import triton takes time, and a worker on a CPU has no use for it.
         from pdengine.triton_kernels.gpu_kernels import TritonKernels

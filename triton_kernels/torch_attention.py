@@ -1,4 +1,4 @@
-"""Paged attention in plain torch: the path for CPUs, and the reference for our kernels.
+"""Paged attention in plain torch: the reference for our kernels, and what a CPU runs for other shapes.
 
 The context of a sequence is gathered into a contiguous tensor and handed to torch's
 `scaled_dot_product_attention`. Decode tokens are gathered and computed for many sequences at once.
@@ -7,6 +7,8 @@ The context of a sequence is gathered into a contiguous tensor and handed to tor
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from pdengine.triton_kernels.attention import AttentionBatch
 
 # Gathered K and V of one decode call: few enough bytes to stay in a core's cache between the gather and the
 # attention, and for malloc to reuse the pages instead of faulting in new ones.
@@ -54,6 +56,19 @@ def paged_attention(
         kv = _gather(kv_pool, layer, block_tables[sequences], lengths)
         output[rows] = _attend_decodes(query[rows], kv, lengths, scale)
     return output
+
+
+def attend(query: Tensor, kv_pool: Tensor, layer: int, batch: AttentionBatch, scale: float) -> Tensor:
+    """See `Kernels.paged_attention`."""
+    return paged_attention(
+        query,
+        kv_pool,
+        layer,
+        batch.block_tables,
+        batch.query_starts_on_host,
+        batch.context_lengths_on_host,
+        scale,
+    )
 
 
 def _decode_groups(

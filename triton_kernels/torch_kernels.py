@@ -1,4 +1,5 @@
-"""The operations of `Kernels` in plain torch: the path for CPUs, and the reference for our Triton kernels."""
+"""The operations of `Kernels` in plain torch: the reference for our kernels, and what a CPU runs for shapes
+and dtypes that those do not take."""
 
 import torch
 from torch import Tensor
@@ -47,15 +48,7 @@ class TorchKernels(Kernels):
     def paged_attention(
         self, query: Tensor, kv_pool: Tensor, layer: int, batch: AttentionBatch, scale: float
     ) -> Tensor:
-        return torch_attention.paged_attention(
-            query,
-            kv_pool,
-            layer,
-            batch.block_tables,
-            batch.query_starts_on_host,
-            batch.context_lengths_on_host,
-            scale,
-        )
+        return torch_attention.attend(query, kv_pool, layer, batch, scale)
 
     def silu_multiply(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)

@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 from pdengine.cli.config_file import OF_KUBERNETES, TABLES, option_tables
 from pdengine.cli.main import main
 from pdengine.cli.serve import worker_config
+from pdengine.engine.worker_config import StartupError
 from pdengine.models.demo.facts import checkpoint_directory
 
 ALL_TABLES = option_tables(main)
@@ -48,6 +49,8 @@ def refusal(content: str, tmp_path: Path) -> str:
 
 def sample(option: click.Option) -> str | float:
     """A value that the option takes and that is not its default."""
+    if isinstance(option.type, click.types.BoolParamType):
+        return True
     if isinstance(option.type, click.types.FloatParamType):
         return 0.7 if option.name == "gpu_memory_utilization" else 7.5
     if isinstance(option.type, click.types.IntParamType):
@@ -58,7 +61,7 @@ def sample(option: click.Option) -> str | float:
 
 
 def toml(table: str, key: str, value: str | float) -> str:
-    quoted = value if isinstance(value, int | float) else f'"{value}"'
+    quoted = str(value).lower() if isinstance(value, int | float) else f'"{value}"'
     return f"[{table}]\n{key} = {quoted}\n" if table else f"{key} = {quoted}\n"
 
 
@@ -122,15 +125,33 @@ def test_workers_of_up_read_their_own_tables(tmp_path: Path) -> None:
             assert re.search(rf"--max-requests +{requests} ", section)
 
 
+def test_up_tells_its_router_how_much_a_decode_worker_may_compute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[list[str]] = []
+
+    def no_cluster(*_: object, router_arguments: list[str], **__: object) -> None:
+        told.append(router_arguments)
+        raise StartupError("that is all")
+
+    monkeypatch.setattr("pdengine.cli.up.Cluster.__init__", no_cluster)
+    path = tmp_path / "f.toml"
+    path.write_text("[router]\nlocal-prefill-tokens = 5\n")
+    arguments = ["up", "--model", str(checkpoint_directory()), "--kv-memory", "16MiB"]
+    for more in ([], ["--config", str(path)], ["--config", str(path), "--local-prefill-tokens", "7"]):
+        assert "that is all" in run(*arguments, *more).output
+    assert told == [["--local-prefill-tokens", value] for value in ("256", "5", "7")]
+
+
 def test_config_without_a_command_shows_all(tmp_path: Path) -> None:
     path = tmp_path / "f.toml"
     path.write_text('model = "some/model"\n')
     result = run("config", "--config", str(path))
     titles = [line for line in result.output.splitlines() if line.startswith("pdengine ")]
-    assert titles[:5] == [f"pdengine {name}" for name in TABLES]
-    assert len(re.findall(rf"--model +some/model +{path} top level", result.output)) == 5
+    assert titles[:6] == [f"pdengine {name}" for name in TABLES]
+    assert len(re.findall(rf"--model +some/model +{path} top level", result.output)) == 6
     assert rows("prefill")["--model"] == ("-", "not set, but required")
-    assert "'serve' is not one of router, prefill" in run("config", "serve").output
+    assert "'serve' is not one of router, http, prefill" in run("config", "serve").output
 
 
 def test_columns_are_aligned() -> None:

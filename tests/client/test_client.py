@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from fake_cluster import DEADLINE_SECONDS, on_event_loop, running_cluster
+from fake_cluster import DEADLINE_SECONDS, MODEL, on_event_loop, running_cluster
 from router_thread import HOLD, RouterThread
 
 from pdengine.client import (
@@ -23,11 +23,15 @@ from pdengine.client import (
     RouterUnavailable,
     TimedOut,
 )
-from pdengine.client.async_client import check_types, to_prompt
+from pdengine.client import Choice as ClientChoice
+from pdengine.client.arguments import check_types, to_prompt
+from pdengine.models.prefix_hashes import prefix_root
 from pdengine.transport.messages import (
     Abort,
     ChatMessage,
     ChatPrompt,
+    Choice,
+    Generate,
     PrefillAndDecode,
     SamplingParams,
     TextPrompt,
@@ -79,7 +83,7 @@ def test_stream(client: Client) -> None:
         with pytest.raises(RuntimeError, match="has not ended"):
             _ = stream.completion
         deltas = list(stream)
-        assert deltas == [Delta("The", [THE]), Delta(" red", [RED]), Delta("", [VIOLIN])]
+        assert deltas == [Delta("The", [THE]), Delta(" red", [RED]), Delta("", [VIOLIN], 0, "stop")]
         assert stream.completion.text == "The red"
         assert stream.completion.finish_reason == "stop"
         assert list(stream) == []
@@ -106,9 +110,31 @@ def test_arguments_arrive(client: Client, router: RouterThread) -> None:
         seed=2**64 - 1,
         stop_token_ids=iter([1, 2]),
         ignore_eos=True,
+        n=2,
+        priority=-3,
+        cache_salt="tenant",
         timeout=DEADLINE_SECONDS,
     )
-    assert router.next_work().work.sampling == sampling
+    work = router.next_work().work
+    assert (work.sampling, work.priority) == (sampling, -3)
+    assert work.choices == [Choice(0, []), Choice(1, [])]
+    assert work.prefix is not None
+    assert work.prefix.root == prefix_root(MODEL, "tenant")
+
+
+def test_several_answers(client: Client) -> None:
+    completion = client.generate([THE, RED, VIOLIN], n=3, max_tokens=2)
+    assert completion.choices == [ClientChoice(index, "The red", [THE, RED], "length") for index in range(3)]
+    assert completion.usage == Usage(prompt_tokens=3, completion_tokens=6)
+    assert (completion.text, completion.finish_reason) == ("The red", "length")
+    with client.stream([THE, RED], n=2, max_tokens=8) as stream:
+        deltas = list(stream)
+    assert [(delta.index, delta.finish_reason) for delta in deltas] == [
+        (0, None),
+        (1, None),
+        (0, "stop"),
+        (1, "stop"),
+    ]
 
 
 def test_prompt_kinds(client: Client) -> None:
@@ -166,6 +192,12 @@ def test_right_prompts() -> None:
         {"stop_token_ids": ("x",)},
         {"ignore_eos": 1},
         {"timeout": "soon"},
+        {"n": "2"},
+        {"n": 1.5},
+        {"n": True},
+        {"priority": None},
+        {"cache_salt": b"x"},
+        {"cache_salt": None},
     ],
 )
 def test_an_argument_of_a_wrong_type_hurts_nobody_else(client: Client, arguments: dict[str, Any]) -> None:
@@ -178,13 +210,21 @@ def test_an_argument_of_a_wrong_type_hurts_nobody_else(client: Client, arguments
 
 
 def test_types_that_are_right() -> None:
-    check_types(SamplingParams(temperature=1, top_p=1, seed=None), 5)
+    sampling = SamplingParams(temperature=1, top_p=1, seed=None)
+    check_types(Generate(0, TextPrompt(""), sampling, timeout=5, n=2, priority=-1, cache_salt="x"))
 
 
 @pytest.mark.parametrize(
     ("prompt", "arguments"),
-    [("The", {"seed": 2**64}), ([2**64], {}), ("\ud800", {})],
-    ids=["seed", "token id", "lone surrogate"],
+    [
+        ("The", {"seed": 2**64}),
+        ("The", {"n": 2**64}),
+        ("The", {"priority": -(2**63) - 1}),
+        ("The", {"cache_salt": "\ud800"}),
+        ([2**64], {}),
+        ("\ud800", {}),
+    ],
+    ids=["seed", "n", "priority", "salt", "token id", "lone surrogate"],
 )
 def test_what_cannot_be_written_to_the_wire_is_a_value_error(
     client: Client, prompt: Any, arguments: dict[str, Any]
@@ -204,6 +244,9 @@ def test_what_cannot_be_written_to_the_wire_is_a_value_error(
         ("The", {"timeout": math.nan}, "timeout"),
         ("The", {"timeout": math.inf}, "timeout"),
         ("The", {"max_tokens": 0}, "max_tokens"),
+        ("The", {"n": 0}, "n"),
+        ("The", {"priority": 2**31}, "priority"),
+        ("The", {"cache_salt": "x" * 257}, "cache_salt"),
         ("", {}, "prompt"),
         ([-1], {}, "prompt"),
         ([0] * 2000, {}, "prompt"),

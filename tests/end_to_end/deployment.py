@@ -51,10 +51,18 @@ class Deployment:
     ) -> subprocess.Popen[bytes]:
         clients = ["--client-address", client_address or "tcp://127.0.0.1:0"]
         workers = ["--worker-address", worker_address or "tcp://127.0.0.1:0"]
-        router = self._spawn("router", ["router", "--model", str(self.model), *clients, *workers, *options])
+        # Prompts go through both workers, also where a decode worker has most of them: last wins.
+        both = ["--local-prefill-tokens", "0"]
+        arguments = ["router", "--model", str(self.model), *clients, *workers, *both, *options]
+        router = self._spawn("router", arguments)
         match = wait_for(lambda: LISTENING.search(self.log_of(router)), process=router)
         self.client_address, self.worker_address = match.groups()
         return router
+
+    def start_http(self, *options: str) -> subprocess.Popen[bytes]:
+        """An HTTP server in a process of its own."""
+        addresses = ["--router", self.client_address, "--http", "127.0.0.1:0"]
+        return self._spawn("http", ["http", "--model", str(self.model), *addresses, *options])
 
     def start_worker(
         self,

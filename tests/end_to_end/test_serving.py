@@ -80,7 +80,9 @@ def test_one_get_per_run_of_consecutive_blocks(shared_cluster: Deployment) -> No
     """In empty pools a prompt is one run on both sides, however long: one GET moves all of it."""
     with Client(shared_cluster.client_address) as client:
         for length in (1, 16, 17, 300):
-            completion = client.generate(list(range(10, 310))[:length], max_tokens=2, temperature=0)
+            completion = client.generate(
+                list(range(10, 310))[:length], max_tokens=2, temperature=0, cache_salt=str(length)
+            )
             assert completion.transfer is not None
             assert completion.transfer.num_gets == 1
             assert completion.transfer.num_blocks == -(-length // 16)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from engine_worker import DEADLINE_SECONDS, EngineWorker, TokenRunner
 
-from pdengine.engine.engine import FreeLease
+from pdengine.engine.commands import FreeLease
 from pdengine.transport.memory_transfer import Fabric
 from pdengine.transport.messages import Prefilled
 

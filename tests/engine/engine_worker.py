@@ -11,22 +11,27 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from sequences import make_sequence
+from sequences import make_sequence, make_work, names_of
 
 from pdengine.engine.block_pool import BlockPool
-from pdengine.engine.engine import AbortAll, AbortRequest, AddSequence, Engine, Event, LeaseUnneeded, Stop
+from pdengine.engine.commands import AbortAll, AbortRequest, AddRequest, Event, LeaseUnneeded, Stop
+from pdengine.engine.engine import Engine
 from pdengine.engine.leases import BorrowedLease
 from pdengine.engine.metrics import WorkerMetrics
 from pdengine.engine.pulls import Pulls
 from pdengine.engine.pushes import Pushes
 from pdengine.engine.runner import Runner
-from pdengine.engine.scheduler import Chunk, Scheduler, SchedulerConfig
-from pdengine.engine.sequence import Mode
+from pdengine.engine.scheduler import BlockCopy, Chunk, Scheduler, SchedulerConfig
+from pdengine.engine.sequence import Mode, Sequence, sequences_of
 from pdengine.transport.memory_transfer import Fabric, MemoryTransfer
 from pdengine.transport.messages import (
+    PREFIX_TAG_BYTES,
+    CacheUpdate,
+    Choice,
     EarlyPullDropped,
     KVLease,
     Prefilled,
+    PrefixHit,
     PromptProgress,
     PullEarly,
     Pulled,
@@ -40,20 +45,31 @@ LEASE_SECONDS = 30.0
 E = TypeVar("E")
 
 
-def next_token(context: Sequence_[int]) -> int:
-    """The model: every token and its place matter."""
-    state = 17
+def next_token(context: Sequence_[int], choice: int = 0) -> int:
+    """The model: every token and its place matter, and which of the answers it is."""
+    state = 17 + choice
     for token_id in context:
         state = (state * 31 + token_id + 1) % 9973
     return 1 + state % 997
 
 
-def answer_to(prompt_ids: Sequence_[int], max_tokens: int) -> list[int]:
+def answer_to(prompt_ids: Sequence_[int], max_tokens: int, choice: int = 0) -> list[int]:
     """What the model writes after `prompt_ids`."""
     token_ids = list(prompt_ids)
     for _ in range(max_tokens):
-        token_ids.append(next_token(token_ids))
+        token_ids.append(next_token(token_ids, choice))
     return token_ids[len(prompt_ids) :]
+
+
+def unfinished(prefilled: Prefilled) -> list[Choice]:
+    """The answers that go on after `prefilled`."""
+    tokens = [token for token in prefilled.tokens if token.finish_reason is None]
+    return [Choice(token.choice, [token.token_id]) for token in tokens]
+
+
+def tags(packed: bytes) -> list[bytes]:
+    """Of a CacheUpdate."""
+    return [packed[i : i + PREFIX_TAG_BYTES] for i in range(0, len(packed), PREFIX_TAG_BYTES)]
 
 
 class TokenRunner(Runner):
@@ -91,13 +107,21 @@ class TokenRunner(Runner):
     def release(self) -> None:
         self._may_run.set()
 
-    def run(self, chunks: Sequence_[Chunk], after_layer: Callable[[int], None] | None = None) -> list[int]:
+    def run(
+        self,
+        chunks: Sequence_[Chunk],
+        after_layer: Callable[[int], None] | None = None,
+        copies: Sequence_[BlockCopy] = (),
+    ) -> list[int]:
         if not self._may_run.is_set() and self._free_steps:
             self._free_steps -= 1
         elif not self._may_run.is_set():
             self._is_held.set()
             assert self._may_run.wait(DEADLINE_SECONDS), "the step was never released"
         block_size = self.pool.shape[1]
+        if copies:
+            sources, destinations = zip(*copies, strict=True)
+            self.pool[list(destinations)] = self.pool[list(sources)]
         sampled: list[int] = []
         for chunk in chunks:
             sequence, end = chunk.sequence, chunk.sequence.num_computed + chunk.num_tokens
@@ -105,7 +129,9 @@ class TokenRunner(Runner):
                 block_id = sequence.block_ids[position // block_size]
                 self.pool[block_id, position % block_size] = sequence.token_ids[position]
             if chunk.samples:
-                sampled.append(next_token(self.pool[sequence.block_ids].flatten()[:end].tolist()))
+                context = self.pool[sequence.block_ids].flatten()[:end].tolist()
+                answers = [sequence, *sequence.siblings]
+                sampled += [next_token(context, answer.choice) for answer in answers]
         if after_layer is not None:
             after_layer(0)
         return sampled
@@ -154,10 +180,12 @@ class EngineWorker:
         self.borrowed: list[BorrowedLease] = []
         self.unneeded: list[BorrowedLease] = []
         self._events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
-        self._progress: queue.SimpleQueue[PromptProgress] = (
+        self.progress: queue.SimpleQueue[PromptProgress] = (
             queue.SimpleQueue()
         )  # an offer: nobody must take it
         self.num_dropped = 0  # early pulls
+        self.hits: list[PrefixHit] = []
+        self.cached_tags: set[bytes] = set()  # of the prefix cache, as the engine has told
         self._num_settled = 0
         self._thread = threading.Thread(target=self._run, name=engine_id, daemon=True)
         self._thread.start()
@@ -168,17 +196,57 @@ class EngineWorker:
 
     # ------------------------------------------------------------------------------- commands
 
+    def add(self, *sequences: Sequence) -> None:
+        """Of one request."""
+        self.engine.post(AddRequest(list(sequences)))
+
     def prefill(
-        self, request_id: str, prompt_ids: Sequence_[int], *, max_tokens: int = 4, attempt: int = 1
+        self,
+        request_id: str,
+        prompt_ids: Sequence_[int],
+        *,
+        n: int = 1,
+        max_tokens: int = 4,
+        attempt: int = 1,
+        salt: str | None = None,
     ) -> None:
-        sequence = make_sequence(request_id, Mode.PREFILL, prompt_ids, max_tokens=max_tokens, attempt=attempt)
-        self.engine.post(AddSequence(sequence))
+        self.add(
+            make_sequence(
+                request_id,
+                Mode.PREFILL,
+                prompt_ids,
+                n=n,
+                max_tokens=max_tokens,
+                attempt=attempt,
+                salt=salt,
+                block_size=self.block_size,
+            )
+        )
 
     def whole(
-        self, request_id: str, prompt_ids: Sequence_[int], *, max_tokens: int = 4, attempt: int = 1
+        self,
+        request_id: str,
+        prompt_ids: Sequence_[int],
+        *,
+        n: int = 1,
+        max_tokens: int = 4,
+        attempt: int = 1,
+        priority: int = 0,
+        salt: str | None = None,
     ) -> None:
-        sequence = make_sequence(request_id, Mode.WHOLE, prompt_ids, max_tokens=max_tokens, attempt=attempt)
-        self.engine.post(AddSequence(sequence))
+        self.add(
+            make_sequence(
+                request_id,
+                Mode.WHOLE,
+                prompt_ids,
+                n=n,
+                max_tokens=max_tokens,
+                attempt=attempt,
+                priority=priority,
+                salt=salt,
+                block_size=self.block_size,
+            )
+        )
 
     def decode(
         self,
@@ -189,30 +257,34 @@ class EngineWorker:
         max_tokens: int = 4,
         attempt: int = 1,
         covered_until: float | None = None,
+        salt: str | None = None,
     ) -> BorrowedLease:
         """Go on after `prefilled`, under its lease; by default the lease outlasts the test."""
         assert prefilled.lease is not None
         until = monotonic() + LEASE_SECONDS if covered_until is None else covered_until
         borrowed = BorrowedLease(prefilled.lease, request_id, covered_until=until)
         self.borrowed.append(borrowed)
-        sequence = make_sequence(
+        work = make_work(
             request_id,
-            Mode.DECODE,
             prompt_ids,
-            output_ids=[prefilled.token_id],
+            unfinished(prefilled),
             max_tokens=max_tokens,
             attempt=attempt,
-            lease=borrowed,
+            salt=salt,
+            block_size=self.block_size,
         )
-        self.engine.post(AddSequence(sequence))
+        [sequence] = sequences_of(work, Mode.DECODE, block_size=self.block_size)
+        sequence.lease = borrowed
+        self.add(sequence)
         return borrowed
 
-    def pull_early(self, progress: PromptProgress, num_cached_tokens: int) -> None:
-        """Pull what is done of a prompt that a peer computes."""
+    def pull_early(
+        self, progress: PromptProgress, prompt_ids: Sequence_[int] = (), *, salt: str | None = None
+    ) -> None:
+        """Pull what is done of a prompt that a peer computes. prompt_ids, salt: for the prefix cache."""
+        prefix = None if salt is None else names_of(prompt_ids, salt=salt, block_size=self.block_size)
         self.engine.post(
-            PullEarly(
-                progress.request_id, progress.attempt, num_cached_tokens, progress.num_tokens, progress.lease
-            )
+            PullEarly(progress.request_id, progress.attempt, progress.num_tokens, progress.lease, prefix)
         )
 
     def abort(self, request_id: str) -> None:
@@ -231,7 +303,7 @@ class EngineWorker:
 
     def expect_progress(self) -> PromptProgress:
         """The next piece of news of a prompt in chunks."""
-        return self._progress.get(timeout=DEADLINE_SECONDS)
+        return self.progress.get(timeout=DEADLINE_SECONDS)
 
     def expect_lease(self) -> KVLease:
         lease = self.expect(Prefilled).lease
@@ -239,20 +311,25 @@ class EngineWorker:
         return lease
 
     def collect(self, num_finished: int) -> dict[str, list[int]]:
-        """Tokens by request, until so many have finished; their positions must be consecutive.
+        """Tokens by request, each with one answer, until so many have finished."""
+        answers = self.collect_answers(num_finished)
+        assert len({name for name, _ in answers}) == len(answers)
+        return {name: token_ids for (name, _), token_ids in answers.items()}
 
-        Pulls may be reported in between, and nothing else.
-        """
-        token_ids: dict[str, list[int]] = {}
-        positions: dict[str, int] = {}
+    def collect_answers(self, num_finished: int) -> dict[tuple[str, int], list[int]]:
+        """Tokens by request and choice, until so many answers have finished; their positions must be
+        consecutive. Pulls may be reported in between, and nothing else."""
+        token_ids: dict[tuple[str, int], list[int]] = {}
+        positions: dict[tuple[str, int], int] = {}
         while num_finished:
             event = self._next_event()
             assert isinstance(event, StepTokens | Pulled), f"unexpected {event}"
             for update in event.updates if isinstance(event, StepTokens) else []:
-                expected = positions.get(update.request_id, update.position)
+                answer = update.request_id, update.choice
+                expected = positions.get(answer, update.position)
                 assert update.position == expected
-                positions[update.request_id] = expected + 1
-                token_ids.setdefault(update.request_id, []).append(update.token_id)
+                positions[answer] = expected + 1
+                token_ids.setdefault(answer, []).append(update.token_id)
                 num_finished -= update.finish_reason is not None
         return token_ids
 
@@ -267,17 +344,19 @@ class EngineWorker:
         assert self._next_event() == marker
 
     def stop(self) -> None:
+        self.settle()
         self.engine.post(Stop())
         self._thread.join(DEADLINE_SECONDS)
         assert not self._thread.is_alive()
         if not self._events.empty():
             raise AssertionError(f"nobody expected {self._events.get_nowait()}")
         self.pool.check()
-        assert not self.scheduler.has_work
+        assert not list(self.scheduler)
         assert not self.scheduler.leased
         assert len(self.pulls) == self.pulls.num_quarantined == self.scheduler.num_pinned == 0
         assert self.scheduler.num_reserved == self.pushes.num_quarantined == 0
         assert self.pool.num_free == self.pool.num_blocks
+        assert self.cached_tags == {name[:PREFIX_TAG_BYTES] for name in self.pool.names()}
         assert sorted(map(id, self.unneeded)) == sorted(map(id, self.borrowed))
 
     def _next_event(self) -> Event:
@@ -298,7 +377,18 @@ class EngineWorker:
                 self.unneeded.append(event.borrowed)
             elif isinstance(event, EarlyPullDropped):
                 self.num_dropped += 1
+            elif isinstance(event, PrefixHit):
+                self.hits.append(event)
+            elif isinstance(event, CacheUpdate):
+                self._take_cache_update(event)
             elif isinstance(event, PromptProgress):
-                self._progress.put(event)
+                self.progress.put(event)
             else:
                 self._events.put(event)
+
+    def _take_cache_update(self, update: CacheUpdate) -> None:
+        """As the router does: removals first."""
+        if update.reset:
+            self.cached_tags.clear()
+        self.cached_tags -= set(tags(update.removed))
+        self.cached_tags |= set(tags(update.added))

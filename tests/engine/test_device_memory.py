@@ -24,7 +24,7 @@ from pdengine.engine.worker_config import WorkerConfig
 from pdengine.models.config import load_config
 from pdengine.models.demo.facts import checkpoint_directory
 from pdengine.models.weights import load_decoder
-from pdengine.transport.messages import SamplingParams, Work
+from pdengine.transport.messages import SamplingParams
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that torch can use")
 MIB = 2**20
@@ -204,9 +204,8 @@ def test_a_step_that_samples_nothing_is_complete_when_it_returns() -> None:
     model = load_decoder(checkpoint_directory(), config, dtype=torch.bfloat16, device=device)
     cache = KVCache(config, num_blocks=64, block_size=16, dtype=torch.bfloat16, device=device)
     cache.pool.zero_()
-    sequence = Sequence.from_work(
-        Work("request", 1, [5] * 1000, [], SamplingParams(max_tokens=1, seed=0)), Mode.PREFILL
-    )
+    sampling = SamplingParams(max_tokens=1, seed=0)
+    sequence = Sequence("request", 1, Mode.PREFILL, sampling, 1000, [5] * 1000)
     sequence.block_ids = list(range(63))
     Runner(model, cache, device).run([Chunk(sequence, 800)])
     with torch.cuda.stream(torch.cuda.Stream(device)):  # it does not wait for the stream of the step

@@ -11,7 +11,7 @@ from engine_cluster import Cluster, Pair, StartPair
 from engine_worker import EngineWorker, answer_to
 from sequences import make_sequence
 
-from pdengine.engine.engine import AddSequence, CoverLease, FreeLease, LoseLease
+from pdengine.engine.commands import AddRequest, CoverLease, FreeLease, LoseLease
 from pdengine.engine.sequence import Mode
 from pdengine.transport.messages import (
     KVLease,
@@ -25,7 +25,6 @@ from pdengine.transport.messages import (
 from pdengine.transport.transfer import PeerConnected
 
 LONG_PROMPT = list(range(300, 330))  # eight blocks of four tokens, computed in four chunks of at most eight
-NUM_CACHED = 33  # with an answer of four tokens: nine blocks
 NUM_CHUNKS_BEFORE_THE_LAST = 3
 
 
@@ -38,7 +37,7 @@ def prefill_in_chunks(pair: Pair, *, attempt: int = 1) -> tuple[list[PromptProgr
 def pull_early(pair: Pair, *progress: PromptProgress) -> None:
     """Each piece of news is read before the next one comes."""
     for news in progress:
-        pair.decode.pull_early(news, NUM_CACHED)
+        pair.decode.pull_early(news)
         pair.decode.settle()
         pair.decode.settle()  # the end of the read was in the inbox by now
 
@@ -58,13 +57,13 @@ def test_progress_tells_how_far_the_prompt_is_and_which_lease_it_will_have(pair:
 def test_only_the_rest_is_pulled_at_the_end(pair: Pair) -> None:
     progress, prefilled = prefill_in_chunks(pair)
     pull_early(pair, *progress)
-    assert free_blocks(pair.decode) == 16 - 9
+    assert free_blocks(pair.decode) == 16 - 8
     assert pair.decode.engine.load.running == 1
     pair.decode.decode("request", LONG_PROMPT, prefilled)
     stats = pair.decode.expect(Pulled).stats
     assert (stats.num_blocks, stats.num_early_blocks, stats.num_gets) == (8, 6, 4)
     assert stats.num_bytes == 8 * 32
-    assert [prefilled.token_id, *pair.decode.collect(1)["request"]] == answer_to(LONG_PROMPT, 4)
+    assert [prefilled.tokens[0].token_id, *pair.decode.collect(1)["request"]] == answer_to(LONG_PROMPT, 4)
     pair.free(prefilled)
 
 
@@ -85,7 +84,7 @@ def test_blocks_are_read_while_the_prompt_is_computed(cluster: Cluster) -> None:
     prefilled = prefill.expect(Prefilled)
     decode.decode("request", LONG_PROMPT, prefilled)
     assert decode.expect(Pulled).stats.num_early_blocks == 4
-    assert [prefilled.token_id, *decode.collect(1)["request"]] == answer_to(LONG_PROMPT, 4)
+    assert [prefilled.tokens[0].token_id, *decode.collect(1)["request"]] == answer_to(LONG_PROMPT, 4)
     assert prefilled.lease is not None
     prefill.engine.post(FreeLease(prefilled.lease.lease_id))
 
@@ -94,7 +93,7 @@ def test_what_became_ready_during_a_read_is_one_more_read(pair: Pair) -> None:
     progress, prefilled = prefill_in_chunks(pair)
     pair.decode.transfer.hold()
     for news in progress:
-        pair.decode.pull_early(news, NUM_CACHED)
+        pair.decode.pull_early(news)
     pair.decode.settle()
     assert len(pair.decode.transfer.held) == 1
     pair.decode.decode("request", LONG_PROMPT, prefilled)
@@ -102,7 +101,7 @@ def test_what_became_ready_during_a_read_is_one_more_read(pair: Pair) -> None:
     pair.decode.transfer.release()
     stats = pair.decode.expect(Pulled).stats
     assert (stats.num_blocks, stats.num_early_blocks, stats.num_gets) == (8, 2, 2)
-    assert [prefilled.token_id, *pair.decode.collect(1)["request"]] == answer_to(LONG_PROMPT, 4)
+    assert [prefilled.tokens[0].token_id, *pair.decode.collect(1)["request"]] == answer_to(LONG_PROMPT, 4)
     pair.free(prefilled)
 
 
@@ -114,7 +113,7 @@ def test_without_room_nothing_is_pulled_early(start_pair: StartPair, options: di
     pair.decode.transfer.hold()
     pair.decode.decode("other", [1, 2], other)
     for news in progress:
-        pair.decode.pull_early(news, NUM_CACHED)
+        pair.decode.pull_early(news)
     pair.decode.settle()
     assert pair.decode.num_dropped == NUM_CHUNKS_BEFORE_THE_LAST
     assert len(pair.decode.transfer.held) == 1
@@ -134,7 +133,7 @@ def test_a_request_that_waits_is_not_overtaken(start_pair: StartPair) -> None:
     pair.decode.decode("large", large, leases[0])  # 14 of 16 blocks
     pair.decode.whole("waits", list(range(40)))
     pair.decode.decode("small", small, leases[1])
-    pair.decode.pull_early(progress[0], NUM_CACHED)
+    pair.decode.pull_early(progress[0])
     pair.decode.settle()
     assert (pair.decode.engine.load.running, pair.decode.engine.load.waiting) == (1, 2)
     pair.decode.transfer.release()
@@ -144,8 +143,8 @@ def test_a_request_that_waits_is_not_overtaken(start_pair: StartPair) -> None:
 
 def test_an_early_pull_that_nobody_wants_leaves_no_trace(pair: Pair) -> None:
     progress, prefilled = prefill_in_chunks(pair)
-    pair.decode.pull_early(progress[0], NUM_CACHED)
-    assert free_blocks(pair.decode) == 7
+    pair.decode.pull_early(progress[0])
+    assert free_blocks(pair.decode) == 8
     pair.decode.abort("request")
     assert free_blocks(pair.decode) == 16
     assert pair.decode.engine.load.quarantined_blocks == 0
@@ -155,10 +154,10 @@ def test_an_early_pull_that_nobody_wants_leaves_no_trace(pair: Pair) -> None:
 def test_blocks_that_an_early_read_may_write_stay_in_quarantine(pair: Pair) -> None:
     progress, prefilled = prefill_in_chunks(pair)
     pair.decode.transfer.hold()
-    pair.decode.pull_early(progress[0], NUM_CACHED)
+    pair.decode.pull_early(progress[0])
     pair.decode.abort_all()
-    assert free_blocks(pair.decode) == 7
-    assert pair.decode.engine.load.quarantined_blocks == 9
+    assert free_blocks(pair.decode) == 8
+    assert pair.decode.engine.load.quarantined_blocks == 8
     pair.decode.transfer.release()
     assert free_blocks(pair.decode) == 16
     pair.free(prefilled)
@@ -167,7 +166,7 @@ def test_blocks_that_an_early_read_may_write_stay_in_quarantine(pair: Pair) -> N
 def test_a_failed_early_read_is_made_good_by_the_pull(pair: Pair) -> None:
     progress, prefilled = prefill_in_chunks(pair)
     pair.decode.transfer.hold()
-    pair.decode.pull_early(progress[1], NUM_CACHED)
+    pair.decode.pull_early(progress[1])
     pair.decode.settle()
     (read_id,) = pair.decode.transfer.held
     pair.decode.transfer.fail(read_id, "the cable was cut")
@@ -175,14 +174,14 @@ def test_a_failed_early_read_is_made_good_by_the_pull(pair: Pair) -> None:
     pair.decode.transfer.release()
     pair.decode.decode("request", LONG_PROMPT, prefilled)
     assert pair.decode.expect(Pulled).stats.num_early_blocks == 0
-    assert [prefilled.token_id, *pair.decode.collect(1)["request"]] == answer_to(LONG_PROMPT, 4)
+    assert [prefilled.tokens[0].token_id, *pair.decode.collect(1)["request"]] == answer_to(LONG_PROMPT, 4)
     pair.free(prefilled)
 
 
 def test_an_early_pull_without_news_is_given_up(start_pair: StartPair) -> None:
     pair = start_pair(pull_seconds=0.05)
     progress, prefilled = prefill_in_chunks(pair)
-    pair.decode.pull_early(progress[0], NUM_CACHED)
+    pair.decode.pull_early(progress[0])
     while free_blocks(pair.decode) < 16:
         pass
     assert pair.decode.num_dropped == 1
@@ -193,20 +192,20 @@ def test_a_newer_attempt_starts_anew_and_an_older_one_is_ignored(pair: Pair) -> 
     old_progress, old = prefill_in_chunks(pair)
     progress, prefilled = prefill_in_chunks(pair, attempt=2)
     pull_early(pair, old_progress[2], progress[0], old_progress[2])
-    assert free_blocks(pair.decode) == 7
+    assert free_blocks(pair.decode) == 8
     pair.decode.decode("request", LONG_PROMPT, prefilled, attempt=2)
     assert pair.decode.expect(Pulled).stats.num_early_blocks == 2
-    assert [prefilled.token_id, *pair.decode.collect(1)["request"]] == answer_to(LONG_PROMPT, 4)
+    assert [prefilled.tokens[0].token_id, *pair.decode.collect(1)["request"]] == answer_to(LONG_PROMPT, 4)
     pair.free(old, prefilled)
 
 
 def test_what_was_read_under_another_lease_is_not_used(pair: Pair) -> None:
     progress, prefilled = prefill_in_chunks(pair)
     _, other = prefill_in_chunks(pair)
-    pair.decode.pull_early(progress[2], NUM_CACHED)
+    pair.decode.pull_early(progress[2])
     pair.decode.decode("request", LONG_PROMPT, other)
     assert pair.decode.expect(Pulled).stats.num_early_blocks == 0
-    assert [other.token_id, *pair.decode.collect(1)["request"]] == answer_to(LONG_PROMPT, 4)
+    assert [other.tokens[0].token_id, *pair.decode.collect(1)["request"]] == answer_to(LONG_PROMPT, 4)
     pair.free(prefilled, other)
 
 
@@ -243,7 +242,7 @@ def test_work_that_may_not_wait_is_refused_where_it_would(start_pair: StartPair)
     refused = make_sequence("refused", Mode.WHOLE, [1, 2], may_wait=False)
     waits = make_sequence("waits", Mode.WHOLE, [1, 2])
     for sequence in (running, refused, waits):
-        pair.decode.engine.post(AddSequence(sequence))
+        pair.decode.engine.post(AddRequest([sequence]))
     refusal = pair.decode.expect(WorkRefused)
     assert (refusal.request_id, refusal.attempt) == ("refused", 1)
     assert pair.decode.collect(2).keys() == {"running", "waits"}
@@ -253,7 +252,7 @@ def test_a_prompt_is_refused_where_the_pool_is_pinned(pair: Pair) -> None:
     pair.prefill.scheduler.config = replace(pair.prefill.scheduler.config, max_pinned_blocks=8)
     pinned = pair.prefilled("pinned", LONG_PROMPT)
     sequence = make_sequence("refused", Mode.PREFILL, LONG_PROMPT, may_wait=False)
-    pair.prefill.engine.post(AddSequence(sequence))
+    pair.prefill.engine.post(AddRequest([sequence]))
     assert "8 KV blocks are pinned" in pair.prefill.expect(WorkRefused).reason
     pair.free(pinned)
 
@@ -293,11 +292,10 @@ def test_whatever_overtakes_what_the_tokens_are_right(start_pair: StartPair, see
             pair.prefill.prefill(name, prompt_ids, attempt=attempt)
             prefilled = pair.prefill.expect(Prefilled)
             granted.append(prefilled)
-            num_cached = len(prompt_ids) + 3
             for _ in range((len(prompt_ids) - 1) // 8):
                 news = pair.prefill.expect_progress()
                 if rng.random() < 0.7:
-                    decode.pull_early(news, num_cached)
+                    decode.pull_early(news)
                 if rng.random() < 0.3:
                     rng.choice([decode.transfer.hold, decode.transfer.release])()
             if rng.random() < 0.7:

@@ -8,7 +8,7 @@ import pytest
 from engine_cluster import PROMPT, Pair, StartPair
 from engine_worker import LEASE_SECONDS, EngineWorker, answer_to
 
-from pdengine.engine.engine import LoseLease
+from pdengine.engine.commands import LoseLease
 from pdengine.transport.messages import Pulled, StepTokens, WorkFailed
 
 
@@ -57,7 +57,7 @@ def test_an_overdue_pull_keeps_its_blocks_until_it_ends(start_pair: StartPair, e
     pair.decode.whole("next", PROMPT)
     pair.decode.settle()
     load = pair.decode.engine.load
-    assert (load.quarantined_blocks, load.free_blocks, load.waiting) == (4, 0, 1)
+    assert (load.quarantined_blocks, load.free_blocks, load.waiting) == (3, 1, 1)
     (pull_id,) = pair.decode.transfer.held
     if end == "completes":
         pair.decode.transfer.release(pull_id)
@@ -102,7 +102,7 @@ def test_a_lost_lease_fails_who_waits_and_who_pulls(start_pair: StartPair) -> No
     pair.decode.engine.post(LoseLease(pulling, "expired"))
     expect_failure(pair.decode, "pulling", "expired")
     pair.decode.settle()
-    assert pair.decode.engine.load.quarantined_blocks == 4
+    assert pair.decode.engine.load.quarantined_blocks == 3
     pair.decode.transfer.release()
     pair.free(*leases)
 
@@ -160,7 +160,7 @@ def test_a_newer_attempt_replaces_one_that_pulls(pair: Pair) -> None:
     pair.decode.settle()
     assert pair.decode.unneeded == [older]
     load = pair.decode.engine.load
-    assert (load.running, load.quarantined_blocks, load.free_blocks) == (1, 4, 8)
+    assert (load.running, load.quarantined_blocks, load.free_blocks) == (1, 3, 10)
     pair.decode.transfer.release()
     assert pair.decode.expect(Pulled).attempt == 2
     assert pair.decode.collect(1) == {"request": answer_to(PROMPT, 4)[1:]}

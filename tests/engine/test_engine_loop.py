@@ -8,8 +8,8 @@ import pytest
 from engine_cluster import PROMPT, Cluster, Pair, StartPair
 from engine_worker import LEASE_SECONDS, answer_to
 
-from pdengine.engine.engine import FreeLease
-from pdengine.transport.messages import Prefilled, Pulled, StepTokens
+from pdengine.engine.commands import FreeLease
+from pdengine.transport.messages import Prefilled, Pulled, StepTokens, TokenUpdate
 from pdengine.transport.transfer import PeerConnected, PeerFailed
 
 # ------------------------------------------------------------------------------------ the way through
@@ -25,7 +25,7 @@ def test_a_pulled_prompt_goes_on_as_if_it_had_run_here(pair: Pair, num_prompt_to
     pair.decode.whole("whole", prompt_ids, max_tokens=6)
     whole = pair.decode.collect(1)["whole"]
 
-    assert [prefilled.token_id, *decoded] == whole == answer_to(prompt_ids, 6)
+    assert [prefilled.tokens[0].token_id, *decoded] == whole == answer_to(prompt_ids, 6)
     assert pulled.stats.num_blocks == -(-num_prompt_tokens // 4)
     assert pulled.stats.num_bytes == pulled.stats.num_blocks * 32
     assert pulled.stats.num_gets == 1, "neighbouring blocks are one read"
@@ -37,9 +37,8 @@ def test_prefilled_carries_the_token_and_the_lease(pair: Pair) -> None:
     prefilled = pair.prefilled("request", PROMPT, attempt=3)
     lease = prefilled.lease
     assert lease is not None
-    assert (prefilled.request_id, prefilled.attempt, prefilled.position) == ("request", 3, 0)
-    assert prefilled.token_id == answer_to(PROMPT, 1)[0]
-    assert prefilled.finish_reason is None
+    assert (prefilled.request_id, prefilled.attempt) == ("request", 3)
+    assert prefilled.tokens == [TokenUpdate("request", 3, 0, 0, answer_to(PROMPT, 1)[0], None)]
     assert (lease.engine_id, lease.num_tokens, lease.duration) == ("prefill", 10, LEASE_SECONDS)
     assert len(lease.block_ids) == 3
     pair.prefill.settle()
@@ -51,7 +50,7 @@ def test_prefilled_carries_the_token_and_the_lease(pair: Pair) -> None:
 def test_an_answer_of_one_token_needs_no_lease(pair: Pair) -> None:
     pair.prefill.prefill("request", PROMPT, max_tokens=1)
     prefilled = pair.prefill.expect(Prefilled)
-    assert (prefilled.finish_reason, prefilled.lease) == ("length", None)
+    assert (prefilled.tokens[0].finish_reason, prefilled.lease) == ("length", None)
 
 
 def test_a_batch_pulled_into_scattered_blocks(pair: Pair) -> None:
@@ -142,8 +141,7 @@ def test_abort_while_pulling(pair: Pair) -> None:
     pair.decode.abort("pulling")
     pair.decode.settle()
     load = pair.decode.engine.load
-    # The fourth block, for the answer, is in quarantine too, until nothing of the request is written.
-    assert (load.running, load.quarantined_blocks, load.free_blocks) == (0, 4, 12)
+    assert (load.running, load.quarantined_blocks, load.free_blocks) == (0, 3, 13)
     pair.decode.transfer.release()
     pair.decode.settle()
     load = pair.decode.engine.load
@@ -197,7 +195,7 @@ def test_abort_all_takes_everything_but_leases(start_pair: StartPair) -> None:
     pair.decode_runner.release()
     pair.decode.settle()
     load = pair.decode.engine.load
-    assert (load.running, load.waiting, load.pinned_blocks, load.quarantined_blocks) == (0, 0, 0, 4)
+    assert (load.running, load.waiting, load.pinned_blocks, load.quarantined_blocks) == (0, 0, 0, 3)
     pair.prefill.abort_all()
     pair.prefill.settle()
     assert pair.prefill.engine.load.pinned_blocks == 6
@@ -235,7 +233,7 @@ def test_many_requests_with_aborts_and_late_pulls(pair: Pair, seed: int) -> None
     pair.decode.engine.post(PeerConnected("after the last abort", ""))
     pair.decode.transfer.release()
 
-    token_ids = {name: [leases[name].token_id] for name in prompts}
+    token_ids = {name: [leases[name].tokens[0].token_id] for name in prompts}
     finished: set[str] = set()
     all_aborted = False
     while not (all_aborted and finished >= prompts.keys() - aborted):

@@ -8,6 +8,7 @@ from checkpoints import write_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pdengine.engine.kv_cache import dtype_name
 from pdengine.engine.memory import (
     MemoryPlan,
     available_memory,
@@ -120,6 +121,9 @@ def test_the_bytes_of_weights_are_those_that_loading_takes(
     loaded = sum(parameter.nbytes for parameter in decoder.parameters())
     # The vectors of norms stay in float32.
     assert weight_bytes(tmp_path, config, item_bytes=dtype.itemsize) == pytest.approx(loaded, rel=0.01)
+    plan = plan_memory(WorkerConfig("decode", tmp_path, "tcp://127.0.0.1:1", dtype=dtype_name(dtype)), config)
+    second_copy = decoder.embed_tokens.weight.nbytes if family == "qwen2-tied" else 0
+    assert plan.weight_bytes == pytest.approx(loaded + second_copy, rel=0.01)
 
 
 def plan(weights: int, pool: int) -> MemoryPlan:

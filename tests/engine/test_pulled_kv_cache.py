@@ -11,7 +11,7 @@ from checkpoints import write_checkpoint
 from engine_cluster import Cluster
 from engine_worker import EngineWorker
 
-from pdengine.engine.engine import FreeLease
+from pdengine.engine.commands import FreeLease
 from pdengine.engine.kv_cache import KVCache
 from pdengine.engine.runner import Runner
 from pdengine.models.config import load_config
@@ -73,7 +73,7 @@ def run_disaggregated(
     for name, prompt_ids in prompts.items():
         prefill.prefill(name, prompt_ids, max_tokens=MAX_TOKENS)
     answers = [prefill.expect(Prefilled) for _ in prompts]
-    token_ids = {prefilled.request_id: [prefilled.token_id] for prefilled in answers}
+    token_ids = {prefilled.request_id: [prefilled.tokens[0].token_id] for prefilled in answers}
     for prefilled in answers:
         name, lease = prefilled.request_id, prefilled.lease
         assert lease is not None

@@ -10,10 +10,10 @@ import pytest
 import torch
 from checkpoints import write_checkpoint
 from engine_cluster import Cluster, Pair
-from engine_worker import EngineWorker, TokenRunner, answer_to
+from engine_worker import EngineWorker, TokenRunner, answer_to, unfinished
 from sequences import make_sequence
 
-from pdengine.engine.engine import AddSequence
+from pdengine.engine.commands import AddRequest
 from pdengine.engine.kv_cache import KVCache
 from pdengine.engine.pushes import LoseWriter, StartPushed, UnwantedPush
 from pdengine.engine.runner import Runner
@@ -29,6 +29,7 @@ from pdengine.transport.messages import (
     Reserved,
     SamplingParams,
     StepTokens,
+    TokenUpdate,
     Work,
     WorkFailed,
     WorkRefused,
@@ -58,14 +59,14 @@ def reserve(
 ) -> None:
     sequence = make_sequence(name, Mode.DECODE, prompt_ids, attempt=attempt, max_tokens=max_tokens)
     sequence.writer = pair.prefill.engine_id
-    pair.decode.engine.post(AddSequence(sequence))
+    pair.decode.engine.post(AddRequest([sequence]))
 
 
 def push(pair: Pair, reserved: Reserved, prompt_ids: Sequence_[int], *, max_tokens: int = MAX_TOKENS) -> None:
     name, attempt = reserved.request_id, reserved.attempt
     sequence = make_sequence(name, Mode.PREFILL, prompt_ids, attempt=attempt, max_tokens=max_tokens)
     sequence.push = Push(name, attempt, PushTarget(pair.decode.engine_id, reserved.block_ids))
-    pair.prefill.engine.post(AddSequence(sequence))
+    pair.prefill.engine.post(AddRequest([sequence]))
 
 
 def start_decoding(
@@ -73,7 +74,7 @@ def start_decoding(
 ) -> None:
     name, attempt = prefilled.request_id, prefilled.attempt
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
-    work = Work(name, attempt, list(prompt_ids), [prefilled.token_id], sampling)
+    work = Work(name, attempt, list(prompt_ids), unfinished(prefilled), sampling)
     pair.decode.engine.post(StartPushed(work))
 
 
@@ -100,7 +101,7 @@ def test_the_tokens_are_those_of_one_worker_and_every_block_is_written_once(pair
     assert stats.lanes == "memory"
     start_decoding(pair, prefilled, prompt_ids)
     tokens = pair.decode.collect(1)["request"]
-    assert [prefilled.token_id, *tokens] == answer_to(prompt_ids, MAX_TOKENS)
+    assert [prefilled.tokens[0].token_id, *tokens] == answer_to(prompt_ids, MAX_TOKENS)
 
 
 def test_finished_blocks_are_there_while_the_prompt_is_computed(cluster: Cluster) -> None:
@@ -111,7 +112,7 @@ def test_finished_blocks_are_there_while_the_prompt_is_computed(cluster: Cluster
     reserve(pair, "request", PROMPT)
     reserved = decode.expect(Reserved)
     assert len(reserved.block_ids) == 8
-    assert free_blocks(decode) == 16 - 9  # those of the answer are held, too
+    assert free_blocks(decode) == 16 - 8
     prefill_runner.hold(free_steps=2)
     push(pair, reserved, PROMPT)
     prefill_runner.wait_until_held()
@@ -160,8 +161,8 @@ def test_blocks_of_an_aborted_push_stay_in_quarantine_until_it_has_ended(pair: P
     assert pair.decode.expect(UnwantedPush) == UnwantedPush("prefill", ORDER)
     pair.prefill.engine.post(ORDER)
     pair.prefill.settle()  # writes are in flight, so it says nothing yet
-    assert free_blocks(pair.decode) == 7
-    assert pair.decode.engine.load.quarantined_blocks == 9
+    assert free_blocks(pair.decode) == 8
+    assert pair.decode.engine.load.quarantined_blocks == 8
     pair.prefill.transfer.release()
     pair.prefill.expect(Pushed)
     pair.decode.engine.post(pair.prefill.expect(PushEnded))
@@ -202,7 +203,7 @@ def test_a_lost_writer_frees_what_it_might_have_written(pair: Pair) -> None:
     pair.decode.abort("request")
     pair.decode.expect(UnwantedPush)
     pair.decode.engine.post(LoseWriter("another"))
-    assert free_blocks(pair.decode) == 7
+    assert free_blocks(pair.decode) == 8
     pair.decode.engine.post(LoseWriter("prefill"))
     assert free_blocks(pair.decode) == 16
 
@@ -236,14 +237,15 @@ def test_a_request_that_ends_with_its_first_token_is_not_pushed(pair: Pair) -> N
     reserve(pair, "request", PROMPT, max_tokens=1)
     push(pair, pair.decode.expect(Reserved), PROMPT, max_tokens=1)
     prefilled = pair.prefill.expect(Prefilled)
-    assert (prefilled.finish_reason, prefilled.pushed, prefilled.lease) == ("length", False, None)
+    assert (prefilled.tokens[0].finish_reason, prefilled.pushed, prefilled.lease) == ("length", False, None)
     pair.decode.abort("request")
     pair.prefill.engine.post(pair.decode.expect(UnwantedPush).order)
     pair.decode.engine.post(pair.prefill.expect(PushEnded))
 
 
 def test_what_was_not_reserved_is_not_decoded(pair: Pair) -> None:
-    start_decoding(pair, Prefilled("request", 1, 0, 5, None, None, True), PROMPT)
+    token = TokenUpdate("request", 1, 0, 0, 5, None)
+    start_decoding(pair, Prefilled("request", 1, [token], None, True), PROMPT)
     assert pair.decode.expect(WorkFailed).reason == "no blocks are reserved for it here"
 
 
@@ -316,4 +318,4 @@ def test_all_layers_and_heads_of_a_model_arrive(cluster: Cluster, tmp_path: Path
     assert stats.num_gets == 10 * config.num_layers * config.num_kv_heads
     assert stats.num_bytes == 10 * decode.region.block_bytes
     start_decoding(pair, prefilled, prompt_ids, max_tokens=16)
-    assert [prefilled.token_id, *decode.collect(1)["request"]] == whole.collect(1)["request"]
+    assert [prefilled.tokens[0].token_id, *decode.collect(1)["request"]] == whole.collect(1)["request"]

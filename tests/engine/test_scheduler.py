@@ -1,302 +1,228 @@
-"""The scheduler: fair, within its bounds, and without losing a block, whatever the order of events."""
+"""The scheduler, case by case: who is admitted, what a step holds, who is preempted, what is shared."""
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from sequences import make_sequence
+from sequences import make_sequence, make_work, names_of
 
 from pdengine.engine.block_pool import BlockPool
-from pdengine.engine.scheduler import Chunk, Scheduler, SchedulerConfig
-from pdengine.engine.sequence import Mode, Sequence, blocks_for
+from pdengine.engine.scheduler import BlockCopy, Scheduler, SchedulerConfig
+from pdengine.engine.sequence import Mode, Sequence, sequences_of
+from pdengine.transport.messages import Choice
 
 EOS = frozenset({0})
-TOKEN_IDS = st.integers(0, 7)  # one in eight ends the answer
 
 
 def make_scheduler(
     num_blocks: int = 16,
     *,
-    block_size: int = 4,
-    max_batch_tokens: int = 8,
+    max_batch_tokens: int = 64,
     max_requests: int = 4,
     max_pinned_blocks: int | None = None,
+    max_waiting: int = 1024,
 ) -> Scheduler:
+    """Blocks of 4 tokens."""
     pinned = num_blocks if max_pinned_blocks is None else max_pinned_blocks
-    config = SchedulerConfig(block_size, max_batch_tokens, max_requests, pinned)
+    config = SchedulerConfig(4, max_batch_tokens, max_requests, pinned, max_waiting)
     return Scheduler(config, BlockPool(num_blocks))
 
 
-class SchedulerLife(RuleBasedStateMachine):
-    """Every command that an engine gives, in any order that an engine could give it."""
-
-    @initialize(data=st.data())
-    def build(self, data: st.DataObject) -> None:
-        num_blocks = data.draw(st.integers(4, 24))
-        self.scheduler = make_scheduler(
-            num_blocks,
-            block_size=data.draw(st.integers(1, 5)),
-            max_batch_tokens=data.draw(st.integers(1, 12)),
-            max_requests=data.draw(st.integers(1, 5)),
-            max_pinned_blocks=data.draw(st.integers(1, num_blocks)),
-        )
-        self.alive: list[Sequence] = []  # added, and neither finished, leased nor aborted
-        self.computed: dict[Sequence, int] = {}
-        self.quarantined: list[list[int]] = []
-        self.num_added = 0
-
-    # ------------------------------------------------------------------------------- commands
-
-    @rule(
-        mode=st.sampled_from(Mode),
-        num_prompt=st.integers(1, 20),
-        max_tokens=st.integers(1, 10),
-        num_output=st.integers(0, 9),
-    )
-    def add(self, mode: Mode, num_prompt: int, max_tokens: int, num_output: int) -> None:
-        num_output = min(num_output, max_tokens - 1)
-        if mode is Mode.DECODE:
-            num_output, max_tokens = max(num_output, 1), max(max_tokens, 2)
-        sequence = make_sequence(
-            f"request-{self.num_added}",
-            mode,
-            range(1, num_prompt + 1),
-            output_ids=range(1, num_output + 1),
-            max_tokens=max_tokens,
-        )
-        if not self.scheduler.fits(sequence):
-            return
-        self.num_added += 1
-        self.scheduler.add(sequence)
-        self.alive.append(sequence)
-        self.computed[sequence] = 0
-
-    @rule()
-    def admit(self) -> None:
-        scheduler = self.scheduler
-        waiting = list(scheduler.waiting)
-        pulls = scheduler.admit()
-        num_admitted = len(waiting) - len(scheduler.waiting)
-        assert waiting[num_admitted:] == list(scheduler.waiting), "first come, first served"
-        admitted = waiting[:num_admitted]
-        assert pulls == [sequence for sequence in admitted if sequence.mode is Mode.DECODE]
-        for sequence in admitted:
-            group = scheduler.pulling if sequence.mode is Mode.DECODE else scheduler.running
-            assert sequence in group
-            assert len(sequence.block_ids) == self.blocks_needed(sequence)
-        if scheduler.waiting:
-            assert self.must_wait(scheduler.waiting[0])
-
-    @rule(data=st.data())
-    def step(self, data: st.DataObject) -> None:
-        chunks = self.scheduler.schedule()
-        self.check_chunks(chunks)
-        sampled = [chunk.sequence for chunk in chunks if chunk.samples]
-        token_ids = [data.draw(TOKEN_IDS) for _ in sampled]
-        self.run(chunks, token_ids)
-
-    @precondition(lambda self: self.scheduler.pulling)
-    @rule(data=st.data())
-    def land_a_pull(self, data: st.DataObject) -> None:
-        self.start_decoding(data.draw(st.sampled_from(self.scheduler.pulling)))
-
-    @precondition(lambda self: self.scheduler.pulling)
-    @rule(data=st.data())
-    def abandon_a_pull(self, data: st.DataObject) -> None:
-        sequence = data.draw(st.sampled_from(self.scheduler.pulling))
-        self.quarantined.append(self.scheduler.detach(sequence))
-        self.alive.remove(sequence)
-
-    @precondition(lambda self: self.quarantined)
-    @rule()
-    def end_of_quarantine(self) -> None:
-        self.scheduler.pool.free(self.quarantined.pop())
-
-    @precondition(lambda self: self.scheduler.leased)
-    @rule(data=st.data())
-    def free_lease(self, data: st.DataObject) -> None:
-        self.scheduler.free_lease(data.draw(st.sampled_from(sorted(self.scheduler.leased))))
-
-    @precondition(lambda self: self.alive)
-    @rule(data=st.data())
-    def abort(self, data: st.DataObject) -> None:
-        sequence = data.draw(st.sampled_from(self.alive))
-        assert self.scheduler.find(sequence.request_id) is sequence
-        self.scheduler.remove(sequence)
-        assert self.scheduler.find(sequence.request_id) is None
-        self.alive.remove(sequence)
-
-    # --------------------------------------------------------------------------------- checks
-
-    @invariant()
-    def every_block_has_one_owner(self) -> None:
-        scheduler = self.scheduler
-        scheduler.pool.check()
-        owned = [block for sequence in self.alive for block in sequence.block_ids]
-        owned += [block for block_ids in scheduler.leased.values() for block in block_ids]
-        owned += [block for block_ids in self.quarantined for block in block_ids]
-        assert len(owned) == len(set(owned)) == scheduler.pool.num_blocks - scheduler.pool.num_free
-
-    @invariant()
-    def every_sequence_is_in_one_place(self) -> None:
-        scheduler = self.scheduler
-        places = Counter([*scheduler.waiting, *scheduler.pulling, *scheduler.running])
-        assert places == Counter(self.alive)
-        assert scheduler.has_work == bool(self.alive)
-        assert not any(sequence.block_ids for sequence in scheduler.waiting)
-        assert all(sequence.mode is Mode.DECODE for sequence in scheduler.pulling)
-        for sequence in scheduler.running:
-            assert sequence.finish_reason is None
-            assert sequence.num_computed < len(sequence.token_ids)
-            assert len(sequence.token_ids) <= len(sequence.block_ids) * scheduler.config.block_size
-        for sequence in self.alive:
-            assert sequence.num_computed == self.computed[sequence]
-
-    @invariant()
-    def bounds_are_kept(self) -> None:
-        scheduler = self.scheduler
-        assert len(scheduler.running) + len(scheduler.pulling) <= scheduler.config.max_requests
-        pinned = [len(s.block_ids) for s in scheduler.running if s.mode is Mode.PREFILL]
-        pinned += [len(block_ids) for block_ids in scheduler.leased.values()]
-        assert scheduler.num_pinned == sum(pinned)
-        assert sum(pinned) <= scheduler.config.max_pinned_blocks or len(pinned) == 1
-
-    def teardown(self) -> None:
-        """Without further commands, everything that was added comes to its end."""
-        if not hasattr(self, "scheduler"):
-            return
-        scheduler = self.scheduler
-        while self.quarantined:
-            self.end_of_quarantine()
-        turns_left = 1 + sum(self.turns_needed(sequence) for sequence in self.alive)
-        while scheduler.has_work:
-            turns_left -= 1
-            assert turns_left >= 0, "no progress"
-            self.admit()
-            for sequence in list(scheduler.pulling):
-                self.start_decoding(sequence)
-            chunks = scheduler.schedule()
-            self.check_chunks(chunks)
-            self.run(chunks, [1 for chunk in chunks if chunk.samples])
-            for lease_id in list(scheduler.leased):
-                scheduler.free_lease(lease_id)
-        for lease_id in list(scheduler.leased):
-            scheduler.free_lease(lease_id)
-        assert not self.alive
-        assert scheduler.pool.num_free == scheduler.pool.num_blocks
-        assert scheduler.num_pinned == 0
-        scheduler.pool.check()
-
-    # ---------------------------------------------------------------------------------- parts
-
-    def blocks_needed(self, sequence: Sequence) -> int:
-        num_tokens = len(sequence.token_ids)
-        if sequence.mode is not Mode.PREFILL:
-            num_tokens = sequence.num_prompt_tokens + sequence.sampling.max_tokens - 1
-        return blocks_for(num_tokens, self.scheduler.config.block_size)
-
-    def must_wait(self, sequence: Sequence) -> bool:
-        scheduler, needed = self.scheduler, self.blocks_needed(sequence)
-        if len(scheduler.running) + len(scheduler.pulling) == scheduler.config.max_requests:
-            return True
-        if needed > scheduler.pool.num_free:
-            return True
-        pinned_too_many = scheduler.num_pinned + needed > scheduler.config.max_pinned_blocks
-        return sequence.mode is Mode.PREFILL and scheduler.num_pinned > 0 and pinned_too_many
-
-    def turns_needed(self, sequence: Sequence) -> int:
-        """At most, if every turn computes only one token of one sequence."""
-        return sequence.num_prompt_tokens + sequence.sampling.max_tokens + 1
-
-    def check_chunks(self, chunks: list[Chunk]) -> None:
-        running, budget = self.scheduler.running, self.scheduler.config.max_batch_tokens
-        missing = {s: len(s.token_ids) - s.num_computed for s in running}
-        expected_order = [s for s in running if missing[s] == 1] + [s for s in running if missing[s] > 1]
-        scheduled = [chunk.sequence for chunk in chunks]
-        assert scheduled == expected_order[: len(chunks)], "decode tokens first, then prompts, oldest first"
-        assert all(1 <= chunk.num_tokens <= missing[chunk.sequence] for chunk in chunks)
-        assert sum(chunk.num_tokens for chunk in chunks) == min(budget, sum(missing.values()))
-
-    def run(self, chunks: list[Chunk], token_ids: list[int]) -> None:
-        sampling = [chunk.sequence for chunk in chunks if chunk.samples]
-        known = {sequence: list(sequence.token_ids) for sequence in sampling}
-        for chunk in chunks:
-            self.computed[chunk.sequence] += chunk.num_tokens
-        assert self.scheduler.postprocess(chunks, token_ids, EOS) == sampling
-        for sequence, token_id in zip(sampling, token_ids, strict=True):
-            assert sequence.token_ids == [*known[sequence], token_id]
-            assert sequence.num_computed == len(sequence.token_ids) - 1
-            full = sequence.num_output_tokens == sequence.sampling.max_tokens
-            assert sequence.finish_reason == ("stop" if token_id in EOS else "length" if full else None)
-            if sequence.finish_reason is None and sequence.mode is Mode.PREFILL:
-                block_ids = sequence.block_ids
-                assert self.scheduler.leased[self.scheduler.lease(sequence)] == block_ids
-            if sequence.finish_reason is not None or sequence.mode is Mode.PREFILL:
-                assert sequence.block_ids == []
-                self.alive.remove(sequence)
-
-    def start_decoding(self, sequence: Sequence) -> None:
-        self.computed[sequence] = len(sequence.token_ids) - 1
-        self.scheduler.start_decoding(sequence, len(sequence.token_ids) - 1)
-
-
-TestSchedulerLife = SchedulerLife.TestCase
-TestSchedulerLife.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
-
-
-def step(scheduler: Scheduler, token_id: int = 1) -> list[tuple[str, int]]:
-    """One step in which every sequence that gets a token gets `token_id`; what was computed."""
+def step(
+    scheduler: Scheduler, token_id: int = 1, max_prompt_tokens: int | None = None
+) -> list[tuple[str, int]]:
+    """One turn in which every answer that gets a token gets `token_id`; what was computed."""
     scheduler.admit()
-    chunks = scheduler.schedule()
-    scheduler.postprocess(chunks, [token_id for chunk in chunks if chunk.samples], EOS)
-    return [(chunk.sequence.request_id, chunk.num_tokens) for chunk in chunks]
+    current = scheduler.schedule(max_prompt_tokens)
+    num_sampled = sum(chunk.sequence.num_slots for chunk in current.chunks if chunk.samples)
+    scheduler.postprocess(current, [token_id] * num_sampled, EOS)
+    return [(chunk.sequence.request_id, chunk.num_tokens) for chunk in current.chunks]
+
+
+def whole(name: str, num_tokens: int, *, max_tokens: int = 8, priority: int = 0, n: int = 1) -> Sequence:
+    """Without the prefix cache."""
+    return make_sequence(
+        name, Mode.WHOLE, range(1, num_tokens + 1), max_tokens=max_tokens, priority=priority, n=n
+    )
+
+
+def cached(
+    name: str, num_tokens: int, mode: Mode = Mode.WHOLE, *, max_tokens: int = 4, n: int = 1
+) -> Sequence:
+    """With it: all prompts have as much in common as their lengths allow."""
+    return make_sequence(name, mode, range(1, num_tokens + 1), max_tokens=max_tokens, salt="", n=n)
+
+
+def names(sequences: list[Sequence]) -> list[str]:
+    return [sequence.request_id for sequence in sequences]
+
+
+# ------------------------------------------------------------------------------------------- budget
 
 
 def test_a_long_prompt_runs_in_chunks_beside_decoding_sequences() -> None:
     scheduler = make_scheduler(max_batch_tokens=6)
-    scheduler.add(make_sequence("short", Mode.WHOLE, range(1, 4), max_tokens=5))
+    scheduler.add(whole("short", 3, max_tokens=5))
     assert step(scheduler) == [("short", 3)]
-    scheduler.add(make_sequence("long", Mode.WHOLE, range(1, 13), max_tokens=2))
+    scheduler.add(whole("long", 12, max_tokens=2))
     assert step(scheduler) == [("short", 1), ("long", 5)]
     assert step(scheduler) == [("short", 1), ("long", 5)]
     assert step(scheduler) == [("short", 1), ("long", 2)]
     assert step(scheduler) == [("short", 1), ("long", 1)]
-    assert not scheduler.has_work
+    assert not list(scheduler)
+
+
+def test_a_short_prompt_beside_a_long_one_gets_half_of_the_budget() -> None:
+    scheduler = make_scheduler(32, max_batch_tokens=8)
+    scheduler.add(whole("long", 40))
+    assert step(scheduler) == [("long", 8)]
+    scheduler.add(whole("short", 4))
+    assert step(scheduler) == [("long", 4), ("short", 4)]
+    assert step(scheduler) == [("short", 1), ("long", 7)]
+
+
+def test_what_short_prompts_leave_goes_to_long_ones() -> None:
+    scheduler = make_scheduler(64, max_batch_tokens=16)
+    for name, num_tokens in (("first", 40), ("middle", 30), ("short", 2)):
+        scheduler.add(whole(name, num_tokens))
+    assert step(scheduler) == [("first", 8), ("middle", 6), ("short", 2)]
+
+
+def test_a_long_prompt_comes_to_its_end_whatever_short_ones_arrive() -> None:
+    scheduler = make_scheduler(64, max_batch_tokens=8)
+    long = whole("long", 60)
+    scheduler.add(long)
+    for turn in range(15):
+        scheduler.add(whole(f"short {turn}", 8, max_tokens=1))
+        step(scheduler)
+    assert long.num_output_tokens == 1
+
+
+def test_among_long_prompts_the_one_that_came_first_gets_half() -> None:
+    scheduler = make_scheduler(64, max_batch_tokens=8)
+    scheduler.add(whole("first", 40))
+    scheduler.add(whole("second", 20))
+    assert step(scheduler) == [("first", 4), ("second", 4)]
+
+
+def test_a_bound_on_prompt_tokens_spares_decoding_ones() -> None:
+    scheduler = make_scheduler(32, max_batch_tokens=16)
+    scheduler.add(whole("decoding", 3))
+    assert step(scheduler, max_prompt_tokens=2) == [("decoding", 2)]
+    assert step(scheduler, max_prompt_tokens=2) == [("decoding", 1)]
+    scheduler.add(whole("prompt", 20))
+    assert step(scheduler, max_prompt_tokens=6) == [("decoding", 1), ("prompt", 6)]
+    assert step(scheduler, max_prompt_tokens=100) == [("decoding", 1), ("prompt", 14)]
+
+
+def test_a_resumed_request_computes_its_answer_so_far_as_part_of_the_prompt() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_sequence("resumed", Mode.WHOLE, [1, 2, 3], output_ids=[4, 5], max_tokens=4))
+    scheduler.admit()
+    [chunk] = scheduler.schedule().chunks
+    assert (chunk.num_tokens, chunk.num_prompt_tokens, chunk.samples) == (5, 3, True)
+    assert step(scheduler) == [("resumed", 5)]
+    assert step(scheduler) == [("resumed", 1)]
+    assert not list(scheduler)
+
+
+# -------------------------------------------------------------------------------------------- queue
 
 
 def test_nobody_overtakes_the_head_of_the_queue() -> None:
-    scheduler = make_scheduler(4)
-    scheduler.add(make_sequence("first", Mode.WHOLE, range(8), max_tokens=1))
-    scheduler.add(make_sequence("large", Mode.WHOLE, range(16), max_tokens=1))
-    scheduler.add(make_sequence("small", Mode.WHOLE, range(1), max_tokens=1))
-    scheduler.admit()
-    assert [sequence.request_id for sequence in scheduler.running] == ["first"]
-    assert scheduler.pool.num_free == 2
+    scheduler = make_scheduler(5)
+    scheduler.add(whole("first", 8, max_tokens=1))
+    scheduler.add(whole("large", 16, max_tokens=1))
+    scheduler.add(whole("small", 1, max_tokens=1))
+    assert names(scheduler.admit().runs) == ["first"]
+    assert scheduler.pool.num_free == 3
+
+
+def test_the_more_urgent_comes_first() -> None:
+    scheduler = make_scheduler(max_requests=1)
+    for name, priority in (("a", 1), ("b", 0), ("c", -1), ("d", 0)):
+        scheduler.add(whole(name, 4, priority=priority))
+    assert names(scheduler.waiting) == ["c", "b", "d", "a"]
+    assert names(scheduler.admit().runs) == ["c"]
 
 
 def test_the_last_token_of_an_answer_needs_no_room() -> None:
     scheduler = make_scheduler(2)
-    scheduler.add(make_sequence("exact", Mode.WHOLE, range(1, 6), max_tokens=4))
-    scheduler.admit()
-    assert len(scheduler.running[0].block_ids) == 2
+    assert scheduler.fits(make_sequence("exact", Mode.WHOLE, range(1, 6), max_tokens=4))
     assert not scheduler.fits(make_sequence("more", Mode.WHOLE, range(1, 6), max_tokens=5))
+    scheduler.add(make_sequence("exact", Mode.WHOLE, range(1, 6), max_tokens=4))
+    for _ in range(4):
+        step(scheduler)
+    assert not list(scheduler)
+
+
+def test_all_answers_need_a_place() -> None:
+    scheduler = make_scheduler(max_requests=3)
+    assert not scheduler.fits(whole("four", 4, n=4))
+    scheduler.add(whole("one", 4))
+    scheduler.add(whole("three", 4, n=3))
+    assert names(scheduler.admit().runs) == ["one"]
+
+
+def test_a_sequence_that_never_fits_is_a_defect_of_the_caller() -> None:
+    scheduler = make_scheduler(2)
+    with pytest.raises(AssertionError):
+        scheduler.add(make_sequence("huge", Mode.PREFILL, range(9)))
+
+
+def test_a_block_is_left_for_each_sequence_that_grows() -> None:
+    scheduler = make_scheduler(4)
+    scheduler.add(whole("a", 4))
+    scheduler.add(whole("b", 8))
+    scheduler.admit()
+    assert names(scheduler.running) == ["a", "b"]
+    scheduler = make_scheduler(3)
+    scheduler.add(whole("a", 4, max_tokens=4))
+    scheduler.add(whole("b", 8, max_tokens=1))
+    assert names(scheduler.admit().runs) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "mode", "reason"),
+    [
+        (24, Mode.WHOLE, "it needs 6 KV blocks, 5 are free"),
+        (12, Mode.PREFILL, "3 KV blocks are pinned by prompts that nobody has pulled yet"),
+        (4, Mode.PREFILL, None),
+        (16, Mode.WHOLE, None),
+    ],
+)
+def test_why_work_that_cannot_wait_is_refused(num_tokens: int, mode: Mode, reason: str | None) -> None:
+    scheduler = make_scheduler(8, max_pinned_blocks=4)
+    scheduler.add(make_sequence("pinned", Mode.PREFILL, range(12)))
+    scheduler.admit()
+    sequence = make_sequence("new", mode, range(num_tokens), max_tokens=1, may_wait=False)
+    assert scheduler.refusal(sequence) == reason
+
+
+def test_who_may_wait_is_refused_only_by_a_full_queue() -> None:
+    scheduler = make_scheduler(4, max_requests=1, max_waiting=1)
+    scheduler.add(whole("running", 4))
+    scheduler.admit()
+    assert scheduler.refusal(whole("new", 4)) is None
+    hasty = make_sequence("hasty", Mode.WHOLE, [1], may_wait=False)
+    assert scheduler.refusal(hasty) == "other requests are waiting or running"
+    scheduler.add(whole("waiting", 4))
+    assert scheduler.refusal(whole("new", 4)) == "1 requests are waiting, which is the limit"
+    assert scheduler.refusal(make_sequence("leased", Mode.DECODE, [1, 2], output_ids=[1])) is None
+
+
+# ------------------------------------------------------------------------------- prompts for others
 
 
 def test_leases_and_prompts_for_others_share_the_pinned_bound() -> None:
     scheduler = make_scheduler(16, max_pinned_blocks=3)
-    for name in ("a", "b", "c"):
+    for name in ("a", "b", "c", "d"):
         scheduler.add(make_sequence(name, Mode.PREFILL, range(1, 5)))
-    scheduler.add(make_sequence("d", Mode.PREFILL, range(1, 5)))
     scheduler.admit()
     assert scheduler.num_pinned == len(scheduler.running) == 3
     step(scheduler)
     lease_id = scheduler.lease(scheduler.running[0])
     scheduler.admit()
-    assert [sequence.request_id for sequence in scheduler.waiting] == ["d"]
+    assert names(scheduler.waiting) == ["d"]
     scheduler.free_lease(lease_id)
     scheduler.admit()
     assert not scheduler.waiting
@@ -307,45 +233,314 @@ def test_a_prompt_beyond_the_pinned_bound_runs_alone() -> None:
     scheduler = make_scheduler(16, max_pinned_blocks=3)
     scheduler.add(make_sequence("small", Mode.PREFILL, range(1, 5)))
     scheduler.add(make_sequence("large", Mode.PREFILL, range(1, 25)))
-    scheduler.admit()
-    assert [sequence.request_id for sequence in scheduler.running] == ["small"]
+    assert names(scheduler.admit().runs) == ["small"]
     scheduler.remove(scheduler.running[0])
     scheduler.add(make_sequence("small again", Mode.PREFILL, range(1, 5)))
-    scheduler.admit()
-    assert [sequence.request_id for sequence in scheduler.running] == ["large"]
+    assert names(scheduler.admit().runs) == ["large"]
     assert scheduler.num_pinned == 6
+
+
+def test_shared_blocks_are_pinned_once() -> None:
+    scheduler = make_scheduler(16, max_pinned_blocks=4)
+    scheduler.add(cached("first", 10, Mode.PREFILL))
+    step(scheduler)
+    first = scheduler.lease(scheduler.running[0])
+    scheduler.add(cached("second", 11, Mode.PREFILL))
+    scheduler.add(cached("third", 12, Mode.PREFILL))
+    assert names(scheduler.admit().runs) == ["second"]
+    assert scheduler.num_pinned == 4
+    scheduler.free_lease(first)
+    assert scheduler.num_pinned == 3
 
 
 def test_requests_that_run_whole_are_not_pinned() -> None:
     scheduler = make_scheduler(16, max_pinned_blocks=1)
     scheduler.add(make_sequence("whole", Mode.WHOLE, range(1, 17)))
     scheduler.add(make_sequence("decode", Mode.DECODE, range(1, 17), output_ids=[1]))
-    assert [sequence.request_id for sequence in scheduler.admit()] == ["decode"]
+    assert names(scheduler.admit().pulls) == ["decode"]
     assert scheduler.num_pinned == 0
 
 
+@pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("max_tokens", [1, 5])
-def test_a_prompt_that_ends_with_its_first_token_gives_its_blocks_back(max_tokens: int) -> None:
+def test_a_prompt_that_ends_with_its_first_token_gives_its_blocks_back(max_tokens: int, n: int) -> None:
     scheduler = make_scheduler()
-    scheduler.add(make_sequence("prompt", Mode.PREFILL, range(1, 5), max_tokens=max_tokens))
+    scheduler.add(make_sequence("prompt", Mode.PREFILL, range(1, 5), max_tokens=max_tokens, n=n))
     step(scheduler, token_id=0 if max_tokens > 1 else 1)
-    assert not scheduler.has_work
+    assert not list(scheduler)
     assert scheduler.num_pinned == 0
     assert scheduler.pool.num_free == 16
 
 
-def test_a_resumed_request_computes_its_answer_so_far_as_part_of_the_prompt() -> None:
+def test_a_prompt_for_several_answers_is_computed_and_leased_once() -> None:
     scheduler = make_scheduler()
-    scheduler.add(make_sequence("resumed", Mode.WHOLE, [1, 2, 3], output_ids=[4, 5], max_tokens=4))
-    assert step(scheduler) == [("resumed", 5)]
-    assert step(scheduler) == [("resumed", 1)]
-    assert not scheduler.has_work
+    sequence = make_sequence("prompt", Mode.PREFILL, range(1, 6), n=3)
+    scheduler.add(sequence)
+    scheduler.admit()
+    current = scheduler.schedule()
+    advanced = scheduler.postprocess(current, [5, 0, 7], EOS)
+    assert [(answer.choice, answer.token_ids[-1]) for answer in advanced] == [(0, 5), (1, 0), (2, 7)]
+    assert [answer.finish_reason for answer in advanced] == [None, "stop", None]
+    block_ids = sequence.block_ids
+    lease_id = scheduler.lease(sequence)
+    assert scheduler.leased == {lease_id: block_ids}
+    assert not list(scheduler)
+    assert scheduler.find("prompt") == []
 
 
-def test_a_sequence_that_never_fits_is_a_defect_of_the_caller() -> None:
+# ------------------------------------------------------------------------------------- prefix cache
+
+
+def test_what_is_cached_is_not_computed_again() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(cached("first", 10))
+    assert step(scheduler) == [("first", 10)]
+    second = cached("second", 11)
+    scheduler.add(second)
+    assert step(scheduler) == [("first", 1), ("second", 3)]
+    assert second.num_cached_blocks == 2
+    assert second.block_ids[:2] == scheduler.running[0].block_ids[:2]
+
+
+def test_the_answer_is_found_by_the_next_turn_of_a_conversation() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(cached("first", 3, max_tokens=6))
+    for _ in range(6):
+        step(scheduler, token_id=9)
+    assert not list(scheduler)
+    follow_up = make_sequence("next", Mode.WHOLE, [1, 2, 3, 9, 9, 9, 9, 9, 9, 5], salt="")
+    scheduler.add(follow_up)
+    assert step(scheduler) == [("next", 2)]
+
+
+def test_the_last_token_of_a_prompt_that_is_all_cached_is_computed_in_a_copy() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(cached("first", 8, max_tokens=1))
+    step(scheduler)
+    again = cached("again", 8)
+    scheduler.add(again)
+    scheduler.admit()
+    [shared, source, _] = again.block_ids
+    current = scheduler.schedule()
+    assert [(chunk.num_tokens, chunk.samples) for chunk in current.chunks] == [(1, True)]
+    assert current.copies == [BlockCopy(source, again.block_ids[1])]
+    assert again.block_ids[0] == shared
+    assert len(again.block_ids) == 2
+    assert scheduler.pool.num_idle == 1, "the source can still be found, and is nobody's"
+
+
+@pytest.mark.parametrize("mode", [Mode.WHOLE, Mode.PREFILL])
+def test_where_a_copy_has_no_room_the_last_block_is_computed_anew(mode: Mode) -> None:
+    """A prompt as large as the pool would wait for ever otherwise."""
     scheduler = make_scheduler(2)
-    with pytest.raises(AssertionError):
-        scheduler.add(make_sequence("huge", Mode.PREFILL, range(9)))
+    scheduler.add(cached("first", 8, max_tokens=1))
+    step(scheduler)
+    scheduler.add(cached("again", 8, mode, max_tokens=1))
+    assert step(scheduler) == [("again", 4)]
+    assert not list(scheduler)
+
+
+def test_salts_keep_prefixes_apart() -> None:
+    scheduler = make_scheduler()
+    for name, salt in (("a", "x"), ("b", "y"), ("c", None), ("d", None)):
+        scheduler.add(make_sequence(name, Mode.WHOLE, range(8), max_tokens=2, salt=salt))
+        assert step(scheduler)[-1] == (name, 8)
+
+
+def test_what_is_pushed_here_is_written_whole() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(cached("first", 9))
+    step(scheduler)
+    pushed = cached("pushed", 9, Mode.DECODE)
+    pushed.writer = "peer"
+    scheduler.add(pushed)
+    assert scheduler.admit().pulls == [pushed]
+    assert pushed.num_cached_blocks == 0
+    assert not set(pushed.block_ids) & set(scheduler.running[0].block_ids)
+
+
+def test_more_names_than_the_prompt_has_blocks_are_not_used() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(cached("first", 12, max_tokens=1))
+    step(scheduler)
+    short = cached("short", 6)
+    assert short.prefix is not None
+    short.prefix.blocks = names_blocks(12)
+    scheduler.add(short)
+    assert step(scheduler) == [("short", 2)]
+
+
+def names_blocks(num_tokens: int) -> list[bytes]:
+    packed = names_of(range(1, num_tokens + 1)).blocks
+    return [packed[start : start + 16] for start in range(0, len(packed), 16)]
+
+
+# --------------------------------------------------------------------------------- several answers
+
+
+def test_answers_share_the_prompt_and_copy_what_they_write() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(whole("request", 6, n=3))
+    assert step(scheduler) == [("request", 6)]
+    assert [answer.choice for answer in scheduler.running] == [0, 1, 2]
+    tables = [list(answer.block_ids) for answer in scheduler.running]
+    assert tables[0] == tables[1] == tables[2]
+    current = scheduler.schedule()
+    first, partial = tables[0]
+    copies = [answer.block_ids[1] for answer in scheduler.running]
+    assert copies[2] == partial, "the last one is alone with it, so it needs no copy"
+    assert current.copies == [BlockCopy(partial, copies[0]), BlockCopy(partial, copies[1])]
+    assert len(set(copies)) == 3
+    assert all(answer.block_ids[0] == first for answer in scheduler.running)
+
+
+def test_an_answer_that_ends_at_once_leaves_the_others_running() -> None:
+    scheduler = make_scheduler()
+    sequence = whole("request", 6, n=3)
+    scheduler.add(sequence)
+    scheduler.admit()
+    scheduler.postprocess(scheduler.schedule(), [0, 4, 0], EOS)
+    assert [answer.choice for answer in scheduler.find("request")] == [1]
+    assert scheduler.schedule().copies == [], "nobody else holds its blocks"
+
+
+def test_pulled_answers_fork_once_the_prompt_is_here() -> None:
+    scheduler = make_scheduler()
+    sequence = make_sequence("request", Mode.DECODE, range(1, 7), output_ids=[1], n=2)
+    scheduler.add(sequence)
+    scheduler.admit()
+    assert step(scheduler) == []
+    scheduler.start_decoding(sequence, 6)
+    assert step(scheduler) == [("request", 1), ("request", 1)]
+
+
+def test_answers_that_were_begun_elsewhere_are_taken_up_one_by_one() -> None:
+    work = make_work("request", range(1, 9), [Choice(0, [5, 6]), Choice(2, [7])], max_tokens=4, salt="")
+    sequences = sequences_of(work, Mode.WHOLE, block_size=4)
+    scheduler = make_scheduler()
+    for sequence in sequences:
+        scheduler.add(sequence)
+    assert [s.choice for s in scheduler.find("request")] == [0, 2]
+    assert step(scheduler) == [("request", 10), ("request", 9)]
+    assert not any(sequence.siblings for sequence in sequences)
+
+
+# --------------------------------------------------------------------------------------- preemption
+
+
+def test_the_youngest_is_preempted_and_computed_anew_later() -> None:
+    scheduler = make_scheduler(4)
+    scheduler.add(whole("old", 3, max_tokens=10))
+    scheduler.add(whole("young", 7, max_tokens=6))
+    while not scheduler.num_preemptions:
+        step(scheduler)
+    [young] = scheduler.waiting
+    assert (young.request_id, young.block_ids, young.num_computed) == ("young", [], 0)
+    assert young.was_preempted
+    known = len(young.token_ids)
+    while young in scheduler.waiting:
+        computed = step(scheduler)
+    assert computed == [("young", known)]
+    while list(scheduler):
+        step(scheduler)
+    assert scheduler.num_preemptions == 1
+
+
+def test_the_less_urgent_is_preempted_even_if_it_is_older() -> None:
+    scheduler = make_scheduler(4)
+    scheduler.add(whole("old", 7, max_tokens=6, priority=1))
+    step(scheduler)
+    scheduler.add(whole("urgent", 3, max_tokens=10))
+    while not scheduler.num_preemptions:
+        step(scheduler)
+    assert names(scheduler.waiting) == ["old"]
+
+
+def test_the_one_that_needs_a_block_waits_if_it_comes_last() -> None:
+    scheduler = make_scheduler(4)
+    scheduler.add(whole("old", 4, max_tokens=13))
+    scheduler.add(whole("young", 5, max_tokens=10))
+    while not (current := scheduler.schedule()).is_short:
+        scheduler.admit()
+        scheduler.postprocess(current, [1] * len(current.chunks), EOS)
+    assert names([chunk.sequence for chunk in current.chunks]) == ["old"]
+    assert names(scheduler.running) == ["old", "young"]
+    assert not scheduler.num_preemptions
+
+
+def test_nobody_is_preempted_where_the_caller_has_other_blocks_to_give() -> None:
+    scheduler = make_scheduler(5)
+    reservation = scheduler.reserve([], 2)
+    assert reservation is not None
+    scheduler.add(whole("old", 4, max_tokens=9))
+    scheduler.add(whole("young", 4, max_tokens=9))
+    scheduler.admit()
+    step(scheduler)
+    current = scheduler.schedule(may_preempt=False)
+    assert current.is_short
+    assert names([chunk.sequence for chunk in current.chunks]) == ["old"]
+    scheduler.postprocess(current, [1], EOS)
+    scheduler.drop_reserved()
+    scheduler.pool.free(reservation.block_ids)
+    assert step(scheduler) == [("old", 1), ("young", 1)]
+
+
+def test_prompts_for_others_are_never_preempted() -> None:
+    scheduler = make_scheduler(4, max_batch_tokens=2)
+    scheduler.add(whole("whole", 1, max_tokens=12))
+    step(scheduler)
+    scheduler.add(make_sequence("prompt", Mode.PREFILL, range(8)))
+    for _ in range(4):
+        step(scheduler)
+    lease_id = None
+    for _ in range(12):
+        step(scheduler)
+        for sequence in scheduler.running:
+            if sequence.mode is Mode.PREFILL and sequence.num_output_tokens:
+                lease_id = scheduler.lease(sequence)
+    assert lease_id is not None
+    assert not scheduler.num_preemptions
+    assert scheduler.schedule().is_short, "it waits for the lease"
+    scheduler.free_lease(lease_id)
+    assert step(scheduler) == [("whole", 1)]
+
+
+# -------------------------------------------------------------------------------------- early pulls
+
+
+def test_an_early_pull_shares_what_is_cached() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(cached("first", 9))
+    step(scheduler)
+    reservation = scheduler.reserve(names_blocks(9), 3)
+    assert reservation is not None
+    assert reservation.num_cached == 2
+    assert reservation.block_ids[:2] == scheduler.running[0].block_ids[:2]
+
+
+def test_an_early_pull_gets_nothing_that_others_wait_for() -> None:
+    scheduler = make_scheduler(4, max_requests=1)
+    scheduler.add(whole("first", 4))
+    scheduler.add(whole("second", 4))
+    assert scheduler.reserve([], 1) is None, "somebody waits"
+    scheduler.admit()
+    scheduler.remove(scheduler.waiting[0])
+    assert scheduler.reserve([], 1) is None, "no place in the batch"
+    scheduler = make_scheduler(4)
+    scheduler.add(whole("first", 4))
+    scheduler.admit()
+    assert scheduler.reserve([], 3) is None, "the first one needs a block more"
+    assert scheduler.reserve([], 2) is not None
+
+
+def test_a_reservation_has_one_place() -> None:
+    scheduler = make_scheduler(max_requests=2)
+    assert scheduler.reserve([], 1) is not None
+    assert scheduler.may_add_reserved(whole("two", 4, n=2))
+    assert not scheduler.may_add_reserved(whole("three", 4, n=3))
+
+
+# -------------------------------------------------------------------------------------------- ends
 
 
 @pytest.mark.parametrize(

@@ -63,10 +63,10 @@ def run(directory: Path, kernels: Kernels, device: torch.device) -> list[list[in
     sequences = sequences_of(config.vocab_size)
     for sequence in sequences:
         scheduler.add(sequence)
-    while scheduler.has_work:
+    while list(scheduler):
         scheduler.admit()
-        chunks = scheduler.schedule()
-        scheduler.postprocess(chunks, runner.run(chunks), frozenset())
+        step = scheduler.schedule()
+        scheduler.postprocess(step, runner.run(step.chunks, None, step.copies), frozenset())
     return [sequence.token_ids[sequence.num_prompt_tokens :] for sequence in sequences]
 
 
@@ -78,7 +78,7 @@ def test_a_worker_on_a_cpu_never_imports_triton() -> None:
         "print(type(kernels_for(torch.device('cpu'))).__name__, 'triton' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert result.stdout.split() == ["TorchKernels", "False"]
+    assert result.stdout.split() == ["CpuKernels", "False"]
 
 
 def test_a_device_without_kernels_is_refused() -> None:

@@ -19,6 +19,7 @@ class PagedModel:
     def __init__(self, directory: Path, dtype: torch.dtype = torch.float32, *, block_size: int = 16) -> None:
         self.config = load_config(directory)
         self.decoder = load_decoder(directory, self.config, dtype=dtype, device=torch.device("cpu"))
+        self.decoder.pack()
         config, self.block_size = self.config, block_size
         self.pool = torch.full(
             (400, config.num_kv_heads, config.num_layers, 2, block_size, config.head_dim),

@@ -8,6 +8,8 @@ from checkpoints import FAMILIES, VOCAB_SIZE
 from paged_model import PagedModel
 
 PROMPT_LENGTHS = (1, 2, 15, 16, 17, 64, 131, 300)
+# Of logits up to 6, with the same weights in float64, both are up to 3e-4 off: qwen3-yarn at 1024 tokens.
+TOLERANCE = 4e-4
 
 
 def random_tokens(length: int, seed: int = 0) -> list[int]:
@@ -34,7 +36,7 @@ def test_logits_of_prompts_run_alone(family, checkpoint_of, reference_of):
     for length in PROMPT_LENGTHS:
         tokens = random_tokens(length)
         torch.testing.assert_close(
-            model.prompt_logits(tokens), reference_logits(reference, tokens), atol=1e-4, rtol=0
+            model.prompt_logits(tokens), reference_logits(reference, tokens), atol=TOLERANCE, rtol=0
         )
 
 
@@ -58,7 +60,7 @@ def test_logits_of_chunks_in_mixed_batches(family, block_size, checkpoint_of, re
         for name, logits in model.step(chunks).items():
             done = running[name]
             running[name] = done + len(logits)
-            torch.testing.assert_close(logits, expected[name][done : running[name]], atol=1e-4, rtol=0)
+            torch.testing.assert_close(logits, expected[name][done : running[name]], atol=TOLERANCE, rtol=0)
         for name in [name for name, done in running.items() if done == len(expected[name])]:
             model.free(name)
             del running[name]
@@ -92,7 +94,7 @@ def test_logits_up_to_the_context_limit(family, checkpoint_of, reference_of):
     model, reference = PagedModel(checkpoint_of(family)), reference_of(checkpoint_of(family))
     tokens = random_tokens(model.config.max_position_embeddings)
     torch.testing.assert_close(
-        model.prompt_logits(tokens), reference_logits(reference, tokens), atol=1e-4, rtol=0
+        model.prompt_logits(tokens), reference_logits(reference, tokens), atol=TOLERANCE, rtol=0
     )
 
 

@@ -14,10 +14,14 @@ from hypothesis import strategies as st
 from pdengine.models.demo.facts import checkpoint_directory
 from pdengine.models.tokenizer import Tokenizer
 from pdengine.router.admission import (
+    MAX_CHOICES,
+    MAX_SALT_CHARACTERS,
     MAX_STOP_TOKENS,
     MAX_TEXT_CHARACTERS,
+    MAX_TOKENS_OF_CHOICES,
     InvalidRequest,
     check_fits,
+    check_request,
     check_sampling,
     tokenize,
 )
@@ -25,6 +29,7 @@ from pdengine.router.registry import Registry
 from pdengine.transport.messages import (
     ChatMessage,
     ChatPrompt,
+    Generate,
     Prompt,
     SamplingParams,
     TextPrompt,
@@ -33,6 +38,10 @@ from pdengine.transport.messages import (
 
 VOCAB_SIZE = 569
 TOKENIZER = Tokenizer.load(checkpoint_directory())
+
+
+def generate(**fields: Any) -> Generate:
+    return Generate(1, TextPrompt(""), **fields)
 
 
 def refusal(prompt: Prompt, tokenizer: Tokenizer = TOKENIZER) -> str:
@@ -64,7 +73,7 @@ def refusal(prompt: Prompt, tokenizer: Tokenizer = TOKENIZER) -> str:
 )
 def test_sampling_out_of_range(field: str, value: Any, limit: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        check_sampling(SamplingParams(**{field: value}), None, VOCAB_SIZE)
+        check_sampling(SamplingParams(**{field: value}), VOCAB_SIZE)
     assert caught.value.field == field
     assert str(caught.value).startswith(f"{field} is {value}, it must ")
     assert limit in str(caught.value)
@@ -73,21 +82,21 @@ def test_sampling_out_of_range(field: str, value: Any, limit: str) -> None:
 @pytest.mark.parametrize("token_id", [-1, VOCAB_SIZE, 2**63])
 def test_stop_tokens_outside_the_vocabulary(token_id: int) -> None:
     with pytest.raises(InvalidRequest, match=f"token id {token_id}, the vocabulary is 0 to 568") as caught:
-        check_sampling(SamplingParams(stop_token_ids=(3, token_id)), None, VOCAB_SIZE)
+        check_sampling(SamplingParams(stop_token_ids=(3, token_id)), VOCAB_SIZE)
     assert caught.value.field == "stop_token_ids"
 
 
 def test_too_many_stop_tokens() -> None:
-    check_sampling(SamplingParams(stop_token_ids=(1,) * MAX_STOP_TOKENS), None, VOCAB_SIZE)
+    check_sampling(SamplingParams(stop_token_ids=(1,) * MAX_STOP_TOKENS), VOCAB_SIZE)
     with pytest.raises(InvalidRequest, match=f"more than {MAX_STOP_TOKENS}") as caught:
-        check_sampling(SamplingParams(stop_token_ids=(1,) * (MAX_STOP_TOKENS + 1)), None, VOCAB_SIZE)
+        check_sampling(SamplingParams(stop_token_ids=(1,) * (MAX_STOP_TOKENS + 1)), VOCAB_SIZE)
     assert caught.value.field == "stop_token_ids"
 
 
 @pytest.mark.parametrize("timeout", [0.0, -1.0, math.nan, math.inf])
 def test_timeouts_that_are_none(timeout: float) -> None:
     with pytest.raises(InvalidRequest, match="positive number of seconds") as caught:
-        check_sampling(SamplingParams(), timeout, VOCAB_SIZE)
+        check_request(generate(timeout=timeout), VOCAB_SIZE)
     assert caught.value.field == "timeout"
 
 
@@ -104,9 +113,44 @@ def test_timeouts_that_are_none(timeout: float) -> None:
         ignore_eos=st.booleans(),
     ),
     st.none() | st.floats(0, exclude_min=True, allow_infinity=False),
+    st.integers(-(2**31), 2**31 - 1),
+    st.text(max_size=MAX_SALT_CHARACTERS),
 )
-def test_everything_in_range_is_taken(sampling: SamplingParams, timeout: float | None) -> None:
-    check_sampling(sampling, timeout, VOCAB_SIZE)
+def test_everything_in_range_is_taken(
+    sampling: SamplingParams, timeout: float | None, priority: int, cache_salt: str
+) -> None:
+    request = Generate(1, TextPrompt(""), sampling, timeout, priority=priority, cache_salt=cache_salt)
+    check_request(request, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("n", 0, "n is 0, it must be at least 1 and at most 128"),
+        ("n", -1, "n is -1, it must be at least 1 and at most 128"),
+        ("n", 129, "n is 129, it must be at least 1 and at most 128"),
+        ("priority", 2**31, "priority is 2147483648, it must fit in 32 bits"),
+        ("priority", -(2**31) - 1, "priority is -2147483649, it must fit in 32 bits"),
+        ("cache_salt", "x" * 257, "cache_salt has 257 characters, the limit is 256"),
+    ],
+)
+def test_requests_out_of_range(field: str, value: Any, sentence: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        check_request(generate(**{field: value}), VOCAB_SIZE)
+    assert (caught.value.field, str(caught.value)) == (field, sentence)
+
+
+def test_requests_at_the_limits() -> None:
+    check_request(generate(n=MAX_CHOICES, cache_salt="x" * 256, priority=2**31 - 1), VOCAB_SIZE)
+
+
+def test_the_tokens_of_several_answers_are_limited_together() -> None:
+    most = SamplingParams(max_tokens=MAX_TOKENS_OF_CHOICES // 4)
+    check_request(generate(n=4, sampling=most), VOCAB_SIZE)
+    with pytest.raises(InvalidRequest, match="together 1310720 tokens, the limit is 1048576") as caught:
+        check_request(generate(n=5, sampling=most), VOCAB_SIZE)
+    assert caught.value.field == "n"
+    check_request(generate(sampling=SamplingParams(max_tokens=2 * MAX_TOKENS_OF_CHOICES)), VOCAB_SIZE)
 
 
 # ------------------------------------------------------------------------------------------ prompts

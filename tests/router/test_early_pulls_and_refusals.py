@@ -55,7 +55,7 @@ async def test_news_of_a_prompt_go_to_the_worker_that_will_decode_it() -> None:
         decode = decodes[name]
         for num_tokens in (2, 3):
             news = await decode.expect(PullEarly)
-            assert news == PullEarly(work.request_id, 1, len(work.prompt_ids) + 1, num_tokens, lease)
+            assert news == PullEarly(work.request_id, 1, num_tokens, lease, work.prefix)
         assert prefill.send_prefilled(work, VIOLIN) == lease
         await finish(decode, (await decode.expect(Decode)).work)
         assert (await task).decode_worker == name

@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from pdengine.router.ledger import Ledger, Request
-from pdengine.transport.messages import SamplingParams, Usage
+from pdengine.router.registry import Demand
+from pdengine.transport.messages import Choice, SamplingParams, Usage
 
 clients = st.sampled_from([b"a", b"b"])
 tags = st.integers(0, 4)
@@ -69,10 +70,54 @@ def test_removing_while_iterating() -> None:
 
 
 def test_the_work_of_an_attempt_is_a_snapshot() -> None:
-    request = Request("id", b"client", 1, SamplingParams(max_tokens=5), prompt_ids=[1, 2], output_ids=[3])
+    request = Request("id", b"client", 1, SamplingParams(max_tokens=5), prompt_ids=[1, 2])
     request.attempt = 2
+    request.choices[0].output_ids.append(3)
     work = request.work()
-    request.output_ids.append(4)
-    assert (work.request_id, work.attempt, work.prompt_ids, work.output_ids) == ("id", 2, [1, 2], [3])
-    assert (request.num_tokens, request.max_total_tokens) == (4, 7)
+    request.choices[0].output_ids.append(4)
+    assert (work.request_id, work.attempt, work.prompt_ids) == ("id", 2, [1, 2])
+    assert work.choices == [Choice(0, [3])]
+    assert request.demand() == Demand(num_tokens=4, longest=6, total=6)
     assert request.usage() == Usage(prompt_tokens=2, completion_tokens=2)
+
+
+def test_the_work_of_several_answers_is_that_of_the_unfinished_ones() -> None:
+    request = Request("id", b"client", 1, SamplingParams(max_tokens=5), n=3, prompt_ids=[1, 2])
+    assert request.work().choices == [Choice(0, []), Choice(1, []), Choice(2, [])]
+    assert request.demand() == Demand(num_tokens=2, longest=6, total=14)
+    assert not request.has_diverged
+    for choice, token_ids in zip(request.choices, ([3], [4, 5], [6]), strict=True):
+        choice.output_ids += token_ids
+    assert request.has_diverged
+    request.choices[1].finish_reason = "stop"
+    assert request.work().choices == [Choice(0, [3]), Choice(2, [6])]
+    assert request.demand() == Demand(num_tokens=4, longest=6, total=10)
+    assert request.has_diverged
+    request.choices[2].finish_reason = "length"
+    assert request.work().choices == [Choice(0, [3])]
+    assert not request.has_diverged  # a prefill worker can go on with one answer
+    assert request.usage() == Usage(prompt_tokens=2, completion_tokens=4)
+    assert [request.find_choice(index) for index in (-1, 0, 1, 2, 3)] == [
+        None,
+        request.choices[0],
+        None,
+        None,
+        None,
+    ]
+
+
+def test_cached_tokens_are_those_of_the_attempt_that_wrote_the_first_token() -> None:
+    request = Request("id", b"client", 1, SamplingParams(), prompt_ids=list(range(40)))
+    request.prefill_worker = "P"
+    request.note_cached("D", 32)  # what a decode worker finds saves nothing but a pull
+    assert request.usage().cached_tokens == 0
+    request.note_cached("P", 16)
+    request.note_cached("P", 32)  # after a preemption: it has computed them itself
+    assert request.usage().cached_tokens == 16
+    request.cached_tokens = None
+    request.choices[0].output_ids.append(1)
+    request.note_cached("P", 32)
+    assert request.usage().cached_tokens == 0
+    request.choices[0].output_ids.clear()
+    request.note_cached("P", 1000)
+    assert request.usage().cached_tokens == 40

@@ -13,13 +13,16 @@ from fake_cluster import (
     FakeCluster,
     FakeWorker,
     expect_work,
+    next_tokens,
     on_event_loop,
+    output_ids,
     running_cluster,
 )
 
 from pdengine.client import Delta, Failed, Rejected, TimedOut
 from pdengine.models.demo.facts import checkpoint_directory
-from pdengine.router.router import Router, RouterConfig
+from pdengine.router.config import RouterConfig
+from pdengine.router.router import Router
 from pdengine.transport import messages
 from pdengine.transport.messages import (
     Abort,
@@ -83,7 +86,7 @@ async def test_disaggregated_request() -> None:
         stream = cluster.client.stream("The red violin", max_tokens=3, temperature=0.5, seed=7)
         first_delta = asyncio.create_task(anext(stream))
         work = (await prefill.expect(Prefill)).work
-        assert (work.attempt, work.prompt_ids, work.output_ids) == (1, PROMPT_IDS, [])
+        assert (work.attempt, work.prompt_ids, output_ids(work)) == (1, PROMPT_IDS, [])
         assert work.sampling == SamplingParams(max_tokens=3, temperature=0.5, seed=7)
 
         lease = prefill.send_prefilled(work, VIOLIN)
@@ -91,11 +94,14 @@ async def test_disaggregated_request() -> None:
 
         message = await decode.expect(Decode)
         assert message.lease == lease
-        assert (message.work.attempt, message.work.output_ids) == (1, [VIOLIN])
+        assert (message.work.attempt, output_ids(message.work)) == (1, [VIOLIN])
         decode.send_accepted(message.work)
         decode.send_pulled(message.work)
         decode.send_tokens(message.work, RED, VIOLIN, finish_reason="length")
-        assert [delta async for delta in stream] == [Delta(" red", [RED]), Delta(" violin", [VIOLIN])]
+        assert [delta async for delta in stream] == [
+            Delta(" red", [RED]),
+            Delta(" violin", [VIOLIN], finish_reason="length"),
+        ]
 
         completion = stream.completion
         assert completion.text == " violin red violin"
@@ -127,7 +133,7 @@ async def test_a_lease_that_comes_with_the_last_token_is_released() -> None:
         prefill, decode = await cluster.pair()
         task, work = await cluster.start_request(prefill)
         lease = messages.KVLease(5, prefill.engine_id, [0], 4, duration=30.0)
-        prefill.send(Prefilled(work.request_id, work.attempt, 0, VIOLIN, "length", lease))
+        prefill.send(Prefilled(work.request_id, work.attempt, next_tokens(work, [(VIOLIN, "length")]), lease))
         await task
         await prefill.expect(ReleaseLeases, lease_ids=[5])
         await decode.sync()
@@ -178,7 +184,7 @@ async def test_tokens_of_many_requests_in_one_message() -> None:
         worker = await cluster.worker("unified")
         started = [await cluster.start_request(worker, seed=seed) for seed in range(3)]
         updates = [
-            messages.TokenUpdate(work.request_id, 1, 0, VIOLIN - index, "length")
+            messages.TokenUpdate(work.request_id, 1, 0, 0, VIOLIN - index, "length")
             for index, (_, work) in enumerate(started)
         ]
         worker.send(StepTokens(updates))
@@ -210,7 +216,7 @@ async def test_a_gap_between_positions_is_a_failed_attempt() -> None:
         worker.send_tokens(work, VIOLIN)
         worker.send_tokens(work, RED, skip=2, finish_reason="stop")  # position 1 is lost
         again = (await worker.expect(PrefillAndDecode)).work
-        assert (again.attempt, again.output_ids) == (work.attempt + 1, [VIOLIN])
+        assert (again.attempt, output_ids(again)) == (work.attempt + 1, [VIOLIN])
         worker.send_tokens(again, RED, finish_reason="stop")
         assert (await task).token_ids == [VIOLIN, RED]
 
@@ -227,7 +233,7 @@ async def test_the_request_of_a_holder_that_is_gone_is_done_again() -> None:
         prefill.send(Left())
         await decode.expect(Abort, request_id=work.request_id)
         again = (await decode.expect(PrefillAndDecode)).work
-        assert (again.attempt, again.output_ids) == (work.attempt + 1, [VIOLIN])
+        assert (again.attempt, output_ids(again)) == (work.attempt + 1, [VIOLIN])
         decode.send_tokens(again, RED, finish_reason="stop")
         assert (await task).token_ids == [VIOLIN, RED]
 
@@ -290,7 +296,7 @@ async def test_a_retry_carries_the_tokens_over_and_releases_the_lease() -> None:
 
         await prefill.expect(ReleaseLeases, lease_ids=[lease.lease_id])
         again = (await prefill.expect(Prefill)).work
-        assert (again.attempt, again.output_ids, again.sampling) == (2, [VIOLIN, RED], work.sampling)
+        assert (again.attempt, output_ids(again), again.sampling) == (2, [VIOLIN, RED], work.sampling)
         prefill.send_prefilled(again, VIOLIN, "length")
         completion = await task
         assert completion.token_ids == [VIOLIN, RED, VIOLIN]
@@ -326,7 +332,7 @@ async def test_a_prefill_worker_that_gives_no_lease_is_a_failed_attempt() -> Non
     async with running_cluster(max_attempts=1) as cluster:
         prefill, _ = await cluster.pair()
         task, work = await cluster.start_request(prefill)
-        prefill.send(Prefilled(work.request_id, 1, 0, VIOLIN, None, None))
+        prefill.send(Prefilled(work.request_id, 1, next_tokens(work, [(VIOLIN, None)]), None))
         with pytest.raises(Failed, match="no lease"):
             await task
 
@@ -379,7 +385,7 @@ async def test_what_a_worker_had_that_left_is_done_elsewhere() -> None:
         leaver.send(Left())
         await other.expect(PeerLeft, engine_id=leaver.engine_id)
         again = (await other.expect(PrefillAndDecode)).work
-        assert again.output_ids == [RED]
+        assert output_ids(again) == [RED]
         other.send_tokens(again, VIOLIN, finish_reason="stop")
         assert (await task).attempts == 2
 
@@ -405,7 +411,7 @@ async def test_a_decode_worker_that_leaves_while_the_prompt_is_computed() -> Non
         assert lease is not None
         await prefill.expect(ReleaseLeases, lease_ids=[lease.lease_id])
         whole = (await prefill.expect(PrefillAndDecode)).work
-        assert whole.output_ids == [VIOLIN]
+        assert output_ids(whole) == [VIOLIN]
         prefill.send_tokens(whole, RED, finish_reason="length")
         assert (await task).token_ids == [VIOLIN, RED]
 
@@ -472,7 +478,7 @@ async def test_a_lost_lease_is_another_attempt() -> None:
         prefill.send(LeasesRenewed(renewal.sequence, [], [lease.lease_id]))
         await decode.expect(Abort, request_id=work.request_id)
         again = (await prefill.expect(Prefill)).work
-        assert (again.attempt, again.output_ids) == (2, [VIOLIN])
+        assert (again.attempt, output_ids(again)) == (2, [VIOLIN])
         prefill.send_prefilled(again, RED, "length")
         assert (await task).token_ids == [VIOLIN, RED]
 
@@ -786,7 +792,7 @@ async def test_a_worker_that_connects_anew_starts_afresh() -> None:
         await bystander.expect(PeerJoined, peer=again.hello.peer)
         # The request went to the only other worker meanwhile, with its tokens.
         carried = (await bystander.expect(PrefillAndDecode)).work
-        assert carried.output_ids == [RED]
+        assert output_ids(carried) == [RED]
         bystander.send_tokens(carried, VIOLIN, finish_reason="stop")
         assert (await task).attempts == 2
         assert len((await cluster.client.status()).workers) == 2

@@ -6,7 +6,15 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from fake_cluster import STATS, FakeCluster, FakeWorker, on_event_loop, running_cluster
+from fake_cluster import (
+    STATS,
+    FakeCluster,
+    FakeWorker,
+    next_tokens,
+    on_event_loop,
+    output_ids,
+    running_cluster,
+)
 
 from pdengine.client import Completion, Failed, Rejected
 from pdengine.transport.messages import (
@@ -55,7 +63,8 @@ async def prefill_for(prefill: FakeWorker, decode: FakeWorker, work: Work) -> Wo
 
 
 def send_prefilled(prefill: FakeWorker, work: Work) -> None:
-    prefill.send(Prefilled(work.request_id, work.attempt, len(work.output_ids), VIOLIN, None, None, True))
+    tokens = next_tokens(work, [(VIOLIN, None)])
+    prefill.send(Prefilled(work.request_id, work.attempt, tokens, None, pushed=True))
 
 
 async def finish(prefill: FakeWorker, decode: FakeWorker, work: Work) -> None:
@@ -63,7 +72,7 @@ async def finish(prefill: FakeWorker, decode: FakeWorker, work: Work) -> None:
     send_prefilled(prefill, work)
     prefill.send(Pushed(work.request_id, work.attempt, STATS))
     message = await decode.expect(Decode)
-    assert (message.lease, message.work.output_ids) == (None, [*work.output_ids, VIOLIN])
+    assert (message.lease, output_ids(message.work)) == (None, [*output_ids(work), VIOLIN])
     decode.send_tokens(message.work, RED, finish_reason="length")
 
 
@@ -139,7 +148,7 @@ async def test_when_the_decode_worker_is_lost_another_one_reserves(reserved: boo
         other = await cluster.worker("decode", "other")
         lost.send(Left())
         again = (await other.expect(Reserve)).work
-        assert (again.attempt, again.output_ids) == (2, [VIOLIN] if reserved else [])
+        assert (again.attempt, output_ids(again)) == (2, [VIOLIN] if reserved else [])
         prefill.send(Pushed(work.request_id, work.attempt, STATS))  # of the older attempt
         await finish(prefill, other, await prefill_for(prefill, other, again))
         completion = await answer
@@ -174,7 +183,7 @@ async def test_a_failed_push_is_tried_again() -> None:
         prefill.send(WorkFailed(work.request_id, work.attempt, "the push failed", retry=True))
         assert (await decode.expect(Abort)).request_id == work.request_id
         again = (await decode.expect(Reserve)).work
-        assert (again.attempt, again.output_ids) == (2, [VIOLIN])
+        assert (again.attempt, output_ids(again)) == (2, [VIOLIN])
         await finish(prefill, decode, await prefill_for(prefill, decode, again))
         assert (await answer).token_ids == [VIOLIN, VIOLIN, RED]
 

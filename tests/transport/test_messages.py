@@ -131,7 +131,7 @@ def test_messages_of_another_direction_are_refused(union: Any, data: st.DataObje
 def test_unknown_fields_are_ignored() -> None:
     """A newer peer may say more."""
     message = Generate(1, TextPrompt("Hello"))
-    assert msgspec.msgpack.decode(with_field(message, "priority", 3), type=ClientToRouter) == message
+    assert msgspec.msgpack.decode(with_field(message, "mood", 3), type=ClientToRouter) == message
 
 
 @for_each_union

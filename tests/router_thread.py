@@ -6,21 +6,23 @@ import threading
 
 from fake_cluster import DEADLINE_SECONDS, FakeCluster, FakeWorker, running_cluster
 
-from pdengine.transport.messages import Abort, PrefillAndDecode
+from pdengine.transport.messages import Abort, FinishReason, PrefillAndDecode, PrefixHit
 
 HOLD = 5
 """A token after which the worker writes no more, so that its request stays open."""
 
 
 class RouterThread:
-    """`with RouterThread() as router`. Its worker repeats the prompt, up to max_tokens ("length") or to the
-    prompt's end ("stop").
+    """`with RouterThread() as router`. Each answer of its worker repeats the prompt, up to max_tokens
+    ("length") or to the prompt's end ("stop").
 
-    work: what the worker got, aborted: ids of the requests that it was told to abort; both in order.
+    cached_tokens: what it says that it has found of each prompt. work: what it got, aborted: ids of the
+    requests that it was told to abort; both in order.
     """
 
     def __init__(self) -> None:
         self.address = ""
+        self.cached_tokens = 0
         self.work: queue.Queue[PrefillAndDecode] = queue.Queue()
         self.aborted: queue.Queue[str] = queue.Queue()
         self._started: queue.Queue[BaseException | None] = queue.Queue()
@@ -78,12 +80,22 @@ class RouterThread:
             message = await worker.wait_for(PrefillAndDecode)
             self.work.put(message)
             work = message.work
+            if self.cached_tokens:
+                worker.send(PrefixHit(work.request_id, work.attempt, self.cached_tokens))
             token_ids = work.prompt_ids[: work.sampling.max_tokens]
-            if HOLD in token_ids:
-                worker.send_tokens(work, *token_ids[: token_ids.index(HOLD)])
-                continue
-            full = len(token_ids) == work.sampling.max_tokens
-            worker.send_tokens(work, *token_ids, finish_reason="length" if full else "stop")
+            reason: FinishReason = "length" if len(token_ids) == work.sampling.max_tokens else "stop"
+            for position, token_id in enumerate(token_ids):
+                if token_id == HOLD:
+                    break
+                last = position == len(token_ids) - 1
+                for choice in work.choices:
+                    worker.send_tokens(
+                        work,
+                        token_id,
+                        skip=position,
+                        choice=choice.index,
+                        finish_reason=reason if last else None,
+                    )
 
     async def _note_aborts(self, worker: FakeWorker) -> None:
         while True:

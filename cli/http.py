@@ -1,0 +1,147 @@
+"""`pdengine http`, and what `pdengine router --http` shares with it."""
+
+import logging
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from threading import Event
+
+import click
+
+from pdengine.cli.options import (
+    Function,
+    errors_in_one_line,
+    log_to_stderr,
+    model_options,
+    option,
+    seconds_option,
+)
+from pdengine.client.async_client import DEFAULT_ADDRESS
+from pdengine.models.hub import resolve_model
+from pdengine.router.http.config import (
+    ApiKeysError,
+    HttpConfig,
+    check_exposure,
+    default_model_name,
+    read_api_keys,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def http_options(*, default: str | None) -> Callable[[Function], Function]:
+    """How HTTP is served. default: the address, or None for not at all."""
+    options = [
+        option(
+            "--http",
+            "http_address",
+            metavar="HOST:PORT",
+            default=default,
+            help="Serve OpenAI's API over HTTP here; PORT alone is on loopback.",
+        ),
+        option("--served-model-name", help="What requests call the model; by default its directory's name."),
+        option(
+            "--api-keys",
+            metavar="FILE",
+            type=click.Path(path_type=Path),
+            help="Keys, one per line, of which HTTP requests need one.",
+        ),
+        option(
+            "--insecure",
+            is_flag=True,
+            help="Serve HTTP to other hosts without keys: only on a network that is trusted.",
+        ),
+        option(
+            "--max-in-flight",
+            type=click.IntRange(1),
+            default=1024,
+            help="Prompts over HTTP that are answered at once; more are told to come back.",
+        ),
+    ]
+
+    def decorate(function: Function) -> Function:
+        for add in reversed(options):
+            function = add(function)
+        return function
+
+    return decorate
+
+
+def http_config(
+    directory: Path,
+    *,
+    http_address: str,
+    router_address: str,
+    served_model_name: str | None,
+    api_keys: Path | None,
+    insecure: bool,
+    max_in_flight: int,
+    drain_seconds: float,
+) -> HttpConfig:
+    """What the options stand for. Raises AddressError, or a click.ClickException for a file of no keys."""
+    try:
+        keys = read_api_keys(api_keys) if api_keys is not None else ()
+    except ApiKeysError as error:
+        raise click.ClickException(str(error)) from error
+    check_exposure(http_address, has_keys=bool(keys), insecure=insecure)
+    return HttpConfig(
+        address=http_address,
+        router_address=router_address,
+        model_directory=directory,
+        served_model_name=served_model_name or default_model_name(directory),
+        api_keys=keys,
+        max_in_flight=max_in_flight,
+        drain_seconds=drain_seconds,
+    )
+
+
+@click.command()
+@model_options
+@option(
+    "--router",
+    "clients_address",
+    envvar="PDENGINE_HTTP_ROUTER",  # PDENGINE_ROUTER is where its workers connect
+    metavar="ADDRESS",
+    default=DEFAULT_ADDRESS,
+    help="Where the router takes clients.",
+)
+@http_options(default="127.0.0.1:8000")
+@seconds_option(
+    "--drain-seconds", at_least=0, default=30.0, help="What SIGTERM leaves to requests in flight."
+)
+def http(
+    model: str,
+    revision: str | None,
+    clients_address: str,
+    http_address: str,
+    served_model_name: str | None,
+    api_keys: Path | None,
+    insecure: bool,
+    max_in_flight: int,
+    drain_seconds: float,
+    config: Path | None,
+) -> None:
+    """An HTTP server in a process of its own; a router can have several."""
+    from pdengine.router.http.server import HttpServer, raise_file_limit  # loads what only HTTP needs
+
+    log_to_stderr("http")
+    raise_file_limit()
+    stop = Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    with errors_in_one_line():
+        settings = http_config(
+            resolve_model(model, revision=revision or None),
+            http_address=http_address,
+            router_address=clients_address,
+            served_model_name=served_model_name,
+            api_keys=api_keys,
+            insecure=insecure,
+            max_in_flight=max_in_flight,
+            drain_seconds=drain_seconds,
+        )
+        with HttpServer(settings, on_failure=stop.set) as server:
+            logger.info("serving %s over HTTP on %s", settings.served_model_name, server.url)
+            stop.wait()
+        if server.error is not None:
+            raise SystemExit(1)

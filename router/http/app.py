@@ -1,0 +1,226 @@
+"""The endpoints, and the OpenAPI document that describes them."""
+
+from collections.abc import Iterable
+from http import HTTPMethod, HTTPStatus
+from importlib.metadata import version
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from pdengine.router.http import replies
+from pdengine.router.http.completions import chat_prompt, complete, complete_chat
+from pdengine.router.http.door import Door
+from pdengine.router.http.errors import ApiError, error_response, of_validation
+from pdengine.router.http.fields import check_unknown
+from pdengine.router.http.replies import Model, ModelList, State, Text, Tokens, Version
+from pdengine.router.http.requests import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+    extras,
+)
+from pdengine.router.http.service import Service
+
+BODY_ERRORS = (400, 404, 408, 413)
+Responses = dict[int | str, dict[str, Any]]
+
+
+def make_app(service: Service) -> ASGIApp:
+    """The whole server, as an ASGI application."""
+    app = FastAPI(title="pdengine", version=_version(), docs_url=None, redoc_url=None, lifespan=None)
+    _add_generation(app, service)
+    _add_tokens(app, service)
+    _add_models(app, service)
+    _add_probes(app, service)
+    _add_errors(app)
+    app.openapi = lambda: _openapi(app, has_keys=bool(service.config.api_keys))  # type: ignore[method-assign]
+    return Door(
+        app,
+        api_keys=service.config.api_keys,
+        max_body_bytes=service.config.max_body_bytes,
+        body_seconds=service.config.body_seconds,
+        metrics=service.metrics,
+        endpoints={route.path for route in app.routes if hasattr(route, "path")},
+    )
+
+
+def _add_generation(app: FastAPI, service: Service) -> None:
+    errors = (*BODY_ERRORS, 429, 503)
+
+    @app.post("/v1/completions", responses=_responses(replies.Completion, errors, streams=True))
+    async def completions(body: CompletionBody) -> Response:
+        """Continue one or several prompts."""
+        return complete(service, body)
+
+    @app.post("/v1/chat/completions", responses=_responses(replies.ChatCompletion, errors, streams=True))
+    async def chat_completions(body: ChatBody) -> Response:
+        """Write the assistant's next message."""
+        return complete_chat(service, body)
+
+
+def _add_tokens(app: FastAPI, service: Service) -> None:
+    @app.post("/tokenize", responses=_responses(Tokens, BODY_ERRORS))
+    async def tokenize(body: TokenizeBody) -> Response:
+        """The tokens of a text, or of messages."""
+        service.check_model(body.model)
+        check_unknown(extras(body), {})
+        token_ids = await service.on_thread(lambda: _token_ids(service, body))
+        spellings = None
+        if body.return_token_strs:
+            spellings = [service.tokenizer.spelling(token_id) for token_id in token_ids]
+        return _json(Tokens(len(token_ids), service.max_model_len, token_ids, spellings))
+
+    @app.post("/detokenize", responses=_responses(Text, BODY_ERRORS))
+    async def detokenize(body: DetokenizeBody) -> Response:
+        """The text of tokens, special ones included."""
+        service.check_model(body.model)
+        check_unknown(extras(body), {})
+        text = await service.on_thread(
+            lambda: service.tokenizer.decode(body.tokens, skip_special_tokens=False)
+        )
+        return _json(Text(text))
+
+
+def _token_ids(service: Service, body: TokenizeBody) -> list[int]:
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError(HTTPStatus.BAD_REQUEST, "give either prompt or messages", param="prompt")
+    field = "prompt"
+    try:
+        if body.prompt is not None:
+            return service.tokenizer.encode(
+                body.prompt, add_special_tokens=body.add_special_tokens is not False
+            )
+        assert body.messages is not None
+        if body.add_special_tokens:
+            raise ApiError(
+                HTTPStatus.BAD_REQUEST,
+                "add_special_tokens: those of messages are in the chat template",
+                param="add_special_tokens",
+            )
+        field = "messages"
+        turns = [{"role": turn.role, "content": turn.content} for turn in chat_prompt(body.messages).messages]
+        return service.tokenizer.encode_chat(
+            turns, add_generation_prompt=body.add_generation_prompt is not False
+        )
+    except ValueError as error:  # no chat template, or one that fails
+        raise ApiError(HTTPStatus.BAD_REQUEST, str(error), param=field) from error
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    model = Model(service.model, service.created, service.max_model_len)
+
+    @app.get("/v1/models", responses=_responses(ModelList))
+    async def models() -> Response:
+        """The one model that is served."""
+        return _json(ModelList([model]))
+
+    @app.get("/v1/models/{name:path}", responses=_responses(Model, (404,)))
+    async def model_of_name(name: str) -> Response:
+        """The model of this name. There are slashes in names."""
+        service.check_model(name)
+        return _json(model)
+
+
+def _add_probes(app: FastAPI, service: Service) -> None:
+    @app.get("/version", responses=_responses(Version))
+    async def version_() -> Response:
+        return _json(Version(_version()))
+
+    @app.get("/live", responses=_responses(State))
+    async def live() -> Response:
+        """This process answers."""
+        return _json(State("live"))
+
+    @app.get("/health", responses=_responses(State, (503,)))
+    async def health() -> Response:
+        """The router answers."""
+        return _json(State("healthy", len((await service.status()).workers)))
+
+    @app.get("/ready", responses=_responses(State, (503,)))
+    async def ready() -> Response:
+        """The router answers, and there is a worker behind it."""
+        return _json(State("ready", len((await service.ready_status()).workers)))
+
+    text: Responses = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+
+    @app.get("/metrics", responses=text)
+    async def metrics() -> Response:
+        """In Prometheus' text format."""
+        return Response(service.metrics.exposition(), headers={"content-type": CONTENT_TYPE_LATEST})
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return error_response(of_validation(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def refused(_request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return error_response(error)
+
+    @app.exception_handler(Exception)
+    async def failed(_request: Request, _error: Exception) -> Response:
+        # The server logs the error with its traceback; what it says may be nobody else's business.
+        return error_response(HTTPException(HTTPStatus.INTERNAL_SERVER_ERROR, "an error of the server"))
+
+
+def _responses(
+    answer: type[msgspec.Struct], errors: Iterable[int] = (), *, streams: bool = False
+) -> Responses:
+    """What an endpoint answers, as OpenAPI documents it."""
+    content: dict[str, Any] = {"application/json": {"schema": _reference(answer)}}
+    if streams:
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    responses: Responses = {200: {"description": "OK", "content": content}}
+    for status in sorted(errors):
+        responses[status] = {
+            "description": HTTPStatus(status).phrase,
+            "content": {"application/json": {"schema": _reference(replies.ErrorReply)}},
+        }
+    return responses
+
+
+def _reference(struct: type[msgspec.Struct]) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{struct.__name__}"}
+
+
+def _openapi(app: FastAPI, *, has_keys: bool) -> dict[str, Any]:
+    if app.openapi_schema is not None:
+        return app.openapi_schema
+    document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    _, schemas = msgspec.json.schema_components(
+        replies.DOCUMENTED, ref_template="#/components/schemas/{name}"
+    )
+    components = document.setdefault("components", {})
+    components.setdefault("schemas", {}).update(schemas)
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            operation["responses"].pop("422", None)  # such errors are 400 here, as OpenAI's clients expect
+            if has_keys and path not in ("/live", "/ready") and method.upper() in HTTPMethod.__members__:
+                operation["security"] = [{"key": []}]
+                operation["responses"]["401"] = _responses(replies.State, (401,))[401]
+    if has_keys:
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    for unused in ("HTTPValidationError", "ValidationError"):
+        components["schemas"].pop(unused, None)
+    app.openapi_schema = document
+    return document
+
+
+def _json(answer: msgspec.Struct) -> Response:
+    return Response(msgspec.json.encode(answer), media_type="application/json")
+
+
+def _version() -> str:
+    return version("pdengine")

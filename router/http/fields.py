@@ -1,0 +1,96 @@
+"""Fields of OpenAI's API, and of its relatives, that the server does not act on.
+
+One that cannot change the answer is ignored. Any other one is refused, unless it has a value with which it
+changes nothing: clients send those along. docs/api.md lists both kinds.
+"""
+
+from collections.abc import Mapping
+from http import HTTPStatus
+
+from pdengine.router.http.errors import ApiError
+
+IGNORED = frozenset(
+    {
+        "early_stopping",  # of beam search
+        "include_stop_str_in_output",
+        "length_penalty",  # of beam search
+        "metadata",
+        "parallel_tool_calls",  # without tools there are none
+        "prediction",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "request_id",
+        "return_tokens_as_token_ids",  # of logprobs
+        "safety_identifier",
+        "service_tier",
+        "spaces_between_special_tokens",
+        "store",
+        "user",
+    }
+)
+
+# Fields and the values with which they ask for what is done anyway. Null is one for every field.
+NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (True,),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logits_processors": ([],),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "return_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "stop": ([], ""),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "use_beam_search": (False,),
+}
+NEUTRAL_IN_CHAT: Mapping[str, tuple[object, ...]] = {
+    **NEUTRAL,
+    "add_special_tokens": (False,),  # the chat template has them
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+}
+# Of a message, so that what the server answered can be sent back as part of the next prompt.
+NEUTRAL_IN_MESSAGE: Mapping[str, tuple[object, ...]] = {"annotations": ([],), "tool_calls": ([],)}
+OF_LOGPROBS = frozenset({"logprobs", "prompt_logprobs", "top_logprobs"})
+
+
+def check_unknown(
+    fields: Mapping[str, object] | None, neutral: Mapping[str, tuple[object, ...]], *, where: str = ""
+) -> None:
+    """Raise ApiError for a field that would change the answer, or that nobody here has heard of.
+
+    where: before the field's name in the message and in `param`.
+    """
+    for name, value in (fields or {}).items():
+        if value is None or (not where and name in IGNORED):
+            continue
+        if any(_equal(value, harmless) for harmless in neutral.get(name, ())):
+            continue
+        known = name in neutral or name in OF_LOGPROBS
+        reason = "this value is not supported" if known else "there is no such field"
+        raise ApiError(
+            HTTPStatus.BAD_REQUEST,
+            f"{where}{name}: {reason}",
+            param=f"{where}{name}",
+            code="unsupported_value" if known else "unknown_parameter",
+        )
+
+
+def _equal(value: object, harmless: object) -> bool:
+    """Unlike ==, False is not 0: `logprobs: 0` asks for something."""
+    return value == harmless and isinstance(value, bool) == isinstance(harmless, bool)

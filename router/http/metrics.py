@@ -1,0 +1,63 @@
+"""What the HTTP server counts."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+TTFT_BUCKETS = (
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+    160,
+)
+LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5, 5)
+
+
+class HttpMetrics:
+    """Latencies are as the HTTP server sees them: from a request's arrival, and between arrivals of tokens.
+
+    Tokens that arrive together have an interval of 0 between them.
+    """
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self.requests = Counter(
+            "pdengine_http_requests",
+            "Answered HTTP requests.",
+            ["endpoint", "status"],
+            registry=self._registry,
+        )
+        self.in_flight = Gauge(
+            "pdengine_http_requests_in_flight",
+            "HTTP requests that are being answered.",
+            registry=self._registry,
+        )
+        self.time_to_first_token = Histogram(
+            "pdengine_time_to_first_token_seconds",
+            "From the arrival of a request to the first token of a prompt.",
+            buckets=TTFT_BUCKETS,
+            registry=self._registry,
+        )
+        self.inter_token_latency = Histogram(
+            "pdengine_inter_token_latency_seconds",
+            "Between two tokens of an answer.",
+            buckets=LATENCY_BUCKETS,
+            registry=self._registry,
+        )
+
+    def exposition(self) -> bytes:
+        """In Prometheus' text format."""
+        return generate_latest(self._registry)

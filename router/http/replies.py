@@ -1,0 +1,161 @@
+"""What the server answers, as OpenAI's API has it. Structs of msgspec: a chunk is encoded once per token."""
+
+from typing import Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from pdengine.transport.messages import FinishReason
+from pdengine.transport.messages import Usage as RouterUsage
+
+
+class PromptTokensDetails(msgspec.Struct, frozen=True):
+    """cached_tokens: of the prompt, those that were in a prefix cache and were not computed."""
+
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct, frozen=True):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class CompletionChoice(msgspec.Struct, frozen=True):
+    """Of a whole completion, or of a chunk, where `finish_reason` comes with the last one."""
+
+    index: int
+    text: str
+    finish_reason: FinishReason | None
+    logprobs: None = None
+
+
+class Completion(msgspec.Struct, frozen=True):
+    """usage: unset in the chunks of a stream for which no usage was asked."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | UnsetType | None = UNSET
+    object: Literal["text_completion"] = "text_completion"
+
+
+class ChatMessage(msgspec.Struct, frozen=True):
+    content: str
+    role: Literal["assistant"] = "assistant"
+    refusal: None = None
+
+
+class ChatChoice(msgspec.Struct, frozen=True):
+    index: int
+    message: ChatMessage
+    finish_reason: FinishReason
+    logprobs: None = None
+
+
+class ChatCompletion(msgspec.Struct, frozen=True):
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    object: Literal["chat.completion"] = "chat.completion"
+
+
+class ChatDelta(msgspec.Struct, frozen=True):
+    """role: with the first one of each answer."""
+
+    content: str
+    role: Literal["assistant"] | UnsetType = UNSET
+
+
+class ChatChunkChoice(msgspec.Struct, frozen=True):
+    index: int
+    delta: ChatDelta
+    finish_reason: FinishReason | None = None
+    logprobs: None = None
+
+
+class ChatChunk(msgspec.Struct, frozen=True):
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | UnsetType | None = UNSET
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+
+
+class Model(msgspec.Struct, frozen=True):
+    """max_model_len: tokens of prompt and answer together."""
+
+    id: str
+    created: int
+    max_model_len: int
+    object: Literal["model"] = "model"
+    owned_by: str = "pdengine"
+
+
+class ModelList(msgspec.Struct, frozen=True):
+    data: list[Model]
+    object: Literal["list"] = "list"
+
+
+class Tokens(msgspec.Struct, frozen=True):
+    """token_strs: how the vocabulary spells them, if that was asked for; null for ids that no token has."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str | None] | None = None
+
+
+class Text(msgspec.Struct, frozen=True):
+    prompt: str
+
+
+class Version(msgspec.Struct, frozen=True):
+    version: str
+
+
+class State(msgspec.Struct, frozen=True):
+    """What a probe hears. workers: that have joined the router."""
+
+    status: str
+    workers: int | UnsetType = UNSET
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    """param: the field at fault. code: for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(msgspec.Struct, frozen=True):
+    error: ErrorBody
+
+
+DOCUMENTED = (
+    Completion,
+    ChatCompletion,
+    Model,
+    ModelList,
+    Tokens,
+    Text,
+    Version,
+    State,
+    ErrorReply,
+)
+
+
+def total_usage(usages: list[RouterUsage]) -> Usage:
+    """Of all prompts of a request together."""
+    prompt_tokens = sum(usage.prompt_tokens for usage in usages)
+    completion_tokens = sum(usage.completion_tokens for usage in usages)
+    cached_tokens = sum(usage.cached_tokens for usage in usages)
+    total = prompt_tokens + completion_tokens
+    return Usage(prompt_tokens, completion_tokens, total, PromptTokensDetails(cached_tokens))

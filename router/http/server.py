@@ -1,0 +1,192 @@
+"""The HTTP server on a thread of its own, with its own event loop.
+
+So it can share the process of a router without a request body, or a slow client, ever standing in the way of
+the router's loop; a process of its own has nothing else to do.
+"""
+
+import asyncio
+import contextlib
+import logging
+import resource
+import socket
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+import uvicorn
+import uvloop
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from pdengine.router.http.app import make_app
+from pdengine.router.http.config import HttpConfig, split_http_address
+from pdengine.router.http.service import Service
+from pdengine.transport.sockets import AddressError
+
+logger = logging.getLogger(__name__)
+
+BACKLOG = 2048
+KEEP_ALIVE_SECONDS = 75  # longer than the 60 s for which proxies usually keep connections
+MAX_HEAD_BYTES = 64 * 2**10
+
+
+class HttpServer:
+    """Listens when it is made, serves after `start` until `close`; or as a context manager.
+
+    Raises AddressError if it cannot listen. url: without a path, with the port that was taken. on_failure: is
+    called on the server's thread if it ends by itself; `error` says why.
+    """
+
+    def __init__(self, config: HttpConfig, on_failure: Callable[[], None] = lambda: None) -> None:
+        self._config = config
+        self._on_failure = on_failure
+        host, port = split_http_address(config.address)
+        self._socket = _listen(config.address, host, port, config.write_seconds)
+        shown = f"[{host}]" if ":" in host else host
+        self.url = f"http://{shown}:{self._socket.getsockname()[1]}"
+        self.error: BaseException | None = None
+        self._server: uvicorn.Server | None = None
+        self._closing = False
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="http", daemon=True)
+
+    def start(self) -> None:
+        """Serve. Returns when requests are answered; raises what prevents it, such as CheckpointError."""
+        self._thread.start()
+        self._started.wait()
+        if self.error is not None:
+            self._thread.join()
+            raise self.error
+
+    def close(self) -> None:
+        """Stop listening, and end when all requests have ended or have had their time. Waits; idempotent."""
+        self._closing = True
+        if self._server is not None:
+            self._server.should_exit = True
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        try:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(self._serve())
+        except BaseException as error:
+            self.error = error
+            if self._started.is_set():
+                logger.exception("HTTP is not served any more")
+        finally:
+            self._started.set()
+            if not self._closing:
+                self._on_failure()
+
+    async def _serve(self) -> None:
+        service = Service(self._config)
+        try:
+            self._server = _Server(self._uvicorn_config(service), self._started)
+            if not self._closing:
+                await self._server.serve(sockets=[self._socket])
+        finally:
+            await service.close()
+
+    def _uvicorn_config(self, service: Service) -> uvicorn.Config:
+        return uvicorn.Config(
+            make_app(service),
+            http=_protocol(self._config.head_seconds),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level=logging.WARNING,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            backlog=BACKLOG,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=max(1, round(self._config.drain_seconds)),
+        )
+
+
+class _Server(uvicorn.Server):
+    """Says when it has started."""
+
+    def __init__(self, config: uvicorn.Config, has_started: threading.Event) -> None:
+        super().__init__(config)
+        self._has_started = has_started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._has_started.set()
+
+
+def _protocol(head_seconds: float) -> type[HttpToolsProtocol]:
+    """uvicorn's protocol, with a limit of time and of size for the head of a request, which it lacks."""
+
+    class Protocol(HttpToolsProtocol):
+        _head_bytes = 0
+        _head_deadline: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._expect_head()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._end_head()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            if self._head_deadline is not None:
+                self._head_bytes += len(data)
+            super().data_received(data)
+            # Of the bytes since the head began, those that came with its end may be of the body.
+            if self._head_deadline is not None and self._head_bytes > MAX_HEAD_BYTES:
+                self.send_400_response(f"The head of a request may have {MAX_HEAD_BYTES} bytes.")
+
+        def on_message_begin(self) -> None:
+            if self._head_deadline is None:
+                self._expect_head()
+            super().on_message_begin()
+
+        def on_headers_complete(self) -> None:
+            self._end_head()
+            super().on_headers_complete()
+
+        def _expect_head(self) -> None:
+            self._head_bytes = 0
+            self._head_deadline = self.loop.call_later(head_seconds, self.transport.close)
+
+        def _end_head(self) -> None:
+            if self._head_deadline is not None:
+                self._head_deadline.cancel()
+                self._head_deadline = None
+
+    return Protocol
+
+
+def _listen(address: str, host: str, port: int, write_seconds: float) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise AddressError(f"cannot serve HTTP on {address}: {reason}") from error
+    # Accepted connections inherit it: the kernel drops one whose peer acknowledges, or reads, nothing for so
+    # long (RFC 5482; Linux counts a closed window too), and what it asked for is cancelled.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(write_seconds * 1000))
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
+def raise_file_limit() -> None:
+    """Every connection is a file; the usual soft limit of 1024 is there for select(), which is not used."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

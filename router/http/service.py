@@ -1,0 +1,119 @@
+"""What the endpoints share: the connection to the router, the tokenizer, and who may ask for how much."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http import HTTPStatus
+from time import monotonic, time
+from typing import TypeVar
+
+from pdengine.client import AsyncClient, GenerateError, RouterUnavailable
+from pdengine.models.config import load_config
+from pdengine.models.tokenizer import Tokenizer
+from pdengine.router.admission import InvalidRequest, tokenize
+from pdengine.router.http.config import HttpConfig
+from pdengine.router.http.errors import RETRY_SECONDS, ApiError, of_outcome, unavailable
+from pdengine.router.http.metrics import HttpMetrics
+from pdengine.transport.messages import Prompt, Status, TokenPrompt
+
+TOKENIZER_THREADS = 4
+STATUS_SECONDS = 2.0  # for the router to say how it is
+STATUS_AGE_SECONDS = 0.5  # what it has said is believed for so long
+
+T = TypeVar("T")
+
+
+class Service:
+    """Make it on the loop that serves; `close` it there. Raises CheckpointError or AddressError."""
+
+    def __init__(self, config: HttpConfig) -> None:
+        self.config = config
+        self.model = config.served_model_name
+        self.created = int(time())
+        self.metrics = HttpMetrics()
+        self.tokenizer = Tokenizer.load(config.model_directory)
+        model_config = load_config(config.model_directory)
+        self.max_model_len = model_config.max_position_embeddings
+        self._vocab_size = model_config.vocab_size
+        self._threads = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="http-tokenizer")
+        self.client = AsyncClient(config.router_address, connect_timeout=config.connect_seconds)
+        self._num_prompts = 0
+        self._asking = asyncio.Lock()
+        self._status: Status | None = None
+        self._asked_at = 0.0
+
+    async def close(self) -> None:
+        await self.client.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def check_model(self, name: str | None) -> None:
+        """Raise ApiError unless `name` is the served model's; None is."""
+        if name not in (None, self.model):
+            raise ApiError(
+                HTTPStatus.NOT_FOUND,
+                f"model {name!r} is not served here, {self.model!r} is",
+                param="model",
+                code="model_not_found",
+            )
+
+    @contextmanager
+    def admitted(self, num_prompts: int) -> Iterator[None]:
+        """While these prompts are answered. Raises ApiError if that is too many of them."""
+        config = self.config
+        if num_prompts > config.max_prompts:
+            raise ApiError(
+                HTTPStatus.BAD_REQUEST,
+                f"prompt has {num_prompts} prompts in it, the limit is {config.max_prompts}",
+                param="prompt",
+            )
+        if self._num_prompts + num_prompts > config.max_in_flight:
+            raise ApiError(
+                HTTPStatus.TOO_MANY_REQUESTS,
+                f"{self._num_prompts} prompts are being answered, the limit is {config.max_in_flight}",
+                code="too_many_requests",
+                headers={"Retry-After": str(RETRY_SECONDS)},
+            )
+        self._num_prompts += num_prompts
+        try:
+            yield
+        finally:
+            self._num_prompts -= num_prompts
+
+    async def to_tokens(self, prompt: Prompt, field: str) -> TokenPrompt:
+        """Tokenize here and not in the router: there may be several of these processes. Raises ApiError."""
+        if isinstance(prompt, TokenPrompt):
+            return prompt
+        try:
+            return TokenPrompt(
+                await self.on_thread(lambda: tokenize(prompt, self.tokenizer, self._vocab_size))
+            )
+        except InvalidRequest as error:
+            raise of_outcome(error, field) from error
+
+    async def on_thread(self, function: Callable[[], T]) -> T:
+        """Run what takes long, as tokenizing long text does, beside the loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+
+    async def status(self) -> Status:
+        """How the router is, or was a moment ago. Raises ApiError if it does not answer."""
+        async with self._asking:
+            if self._status is None or monotonic() - self._asked_at > STATUS_AGE_SECONDS:
+                self._status = None
+                try:
+                    async with asyncio.timeout(STATUS_SECONDS):
+                        self._status = await self.client.status()
+                except (TimeoutError, RouterUnavailable):
+                    address = self.config.router_address
+                    raise unavailable(f"the router at {address} does not answer") from None
+                except GenerateError as error:
+                    raise unavailable(str(error)) from error
+                self._asked_at = monotonic()
+            return self._status
+
+    async def ready_status(self) -> Status:
+        """The router's status. Raises ApiError also if there is no worker behind it."""
+        status = await self.status()
+        if not status.workers:
+            raise unavailable("no worker has joined the router yet")
+        return status

@@ -1,0 +1,133 @@
+"""What the control thread takes, what it refuses at once, and when a request has ended at this worker."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+from sequences import make_work
+from worker_bench import BLOCK_SIZE, Bench
+
+from pdengine.engine.commands import AbortAll, AddRequest, Event
+from pdengine.engine.sequence import Mode, sequences_of
+from pdengine.transport.messages import (
+    Choice,
+    KVLease,
+    Prefilled,
+    Pushed,
+    StepTokens,
+    TokenUpdate,
+    TransferStats,
+    Work,
+    WorkFailed,
+    WorkRefused,
+)
+
+
+def choices(n: int) -> list[Choice]:
+    return [Choice(index, []) for index in range(n)]
+
+
+def on_loop(check: Callable[[Bench], None]) -> None:
+    async def run() -> None:
+        bench = Bench()
+        bench.join()
+        check(bench)
+        bench.context.destroy(linger=0)
+
+    asyncio.run(run())
+
+
+def take(bench: Bench, work: Work, mode: Mode = Mode.WHOLE) -> None:
+    bench.worker._take(sequences_of(work, mode, block_size=BLOCK_SIZE))
+
+
+def test_what_can_never_fit_is_refused_for_good() -> None:
+    """The pool has four blocks of one token; the last token of an answer needs none."""
+
+    def check(bench: Bench) -> None:
+        take(bench, make_work("fits", [1, 2, 3], max_tokens=2))
+        take(bench, make_work("a prompt for somebody else", [1, 2, 3, 4], max_tokens=50), Mode.PREFILL)
+        assert [type(command) for command in bench.posted] == [AbortAll, AddRequest, AddRequest]
+        take(bench, make_work("too long", [1, 2, 3], max_tokens=3))
+        take(bench, make_work("too many", [1], choices(5), max_tokens=1))
+        assert len(bench.posted) == 3
+        assert [(f.request_id, f.reason, f.retry) for f in bench.sent if isinstance(f, WorkFailed)] == [
+            ("too long", "the request needs 5 KV blocks, the pool has 4", False),
+            ("too many", "n is 5, this worker writes 4 answers at once at most", False),
+        ]
+
+    on_loop(check)
+
+
+def test_answers_that_differ_already_need_not_all_be_written_at_once() -> None:
+    def check(bench: Bench) -> None:
+        take(
+            bench, make_work("request", [1, 2], [Choice(index, [index]) for index in range(5)], max_tokens=2)
+        )
+        command = bench.posted[-1]
+        assert isinstance(command, AddRequest)
+        assert [sequence.choice for sequence in command.sequences] == [0, 1, 2, 3, 4]
+        assert bench.sent == []
+
+    on_loop(check)
+
+
+def test_a_lease_must_cover_every_answer() -> None:
+    def check(bench: Bench) -> None:
+        lease = KVLease(1, "prefill", [0, 1], 2, 30.0)
+        bench.worker._peers["prefill"] = object()  # type: ignore[assignment]
+        work = make_work("request", [1, 2], [Choice(0, [5]), Choice(1, [5, 6])], max_tokens=3)
+        bench.worker._take_leased(work, lease)
+        [failed] = bench.sent
+        assert isinstance(failed, WorkFailed)
+        assert failed.reason == "lease 1 does not cover the tokens of the request"
+        del bench.worker._peers["prefill"]
+
+    on_loop(check)
+
+
+STATS = TransferStats(1, 1, 1, 0.0, "")
+
+
+@pytest.mark.parametrize(
+    ("event", "ends"),
+    [
+        (
+            StepTokens([TokenUpdate("request", 1, 0, 0, 5, None), TokenUpdate("request", 1, 1, 0, 5, None)]),
+            False,
+        ),
+        (StepTokens([TokenUpdate("request", 1, 1, 0, 5, "stop")]), False),
+        (StepTokens([TokenUpdate("request", 1, i, 0, 5, "stop") for i in (0, 1)]), True),
+        (StepTokens([TokenUpdate("another", 1, i, 0, 5, "stop") for i in (0, 1)]), False),
+        (Prefilled("request", 1, [TokenUpdate("request", 1, i, 0, 5, None) for i in (0, 1)], None), True),
+        (Prefilled("request", 1, [], None, pushed=True), False),
+        (Pushed("request", 1, STATS), True),
+        (WorkFailed("request", 1, "", retry=True), True),
+        (WorkRefused("request", 1, ""), True),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_request_has_ended_when_all_its_answers_have(event: Event, ends: bool) -> None:
+    """While any has not, the worker does not leave."""
+
+    def check(bench: Bench) -> None:
+        assert bench.worker._is_idle()
+        take(bench, make_work("request", [1], choices(2), max_tokens=2))
+        assert not bench.worker._is_idle()
+        bench.worker._handle_events([event])
+        assert bench.worker._is_idle() == ends
+        assert bench.sent == [event]
+
+    on_loop(check)
+
+
+def test_only_the_answers_that_go_on_are_waited_for_after_a_push() -> None:
+    def check(bench: Bench) -> None:
+        take(bench, make_work("request", [1], choices(3), max_tokens=2), Mode.DECODE)
+        bench.worker._decode_pushed(make_work("request", [1], [Choice(2, [7])], max_tokens=2))
+        bench.worker._handle_events([StepTokens([TokenUpdate("request", 1, 2, 1, 5, "length")])])
+        assert bench.worker._is_idle()
+
+    on_loop(check)

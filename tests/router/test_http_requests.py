@@ -1,0 +1,265 @@
+"""What HTTP requests become for the router, and what its answers become, with a scripted worker."""
+
+import asyncio
+import socket
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from fake_cluster import DEADLINE_SECONDS, on_event_loop, running_cluster
+from http_service import TEXT, error_of, events_of, http_config, served
+
+from pdengine.models.demo.facts import checkpoint_directory
+from pdengine.models.tokenizer import Tokenizer
+from pdengine.router.http.server import HttpServer
+from pdengine.transport.messages import PrefixHit, SamplingParams, WorkFailed
+
+TOKENIZER = Tokenizer.load(checkpoint_directory())
+RED, VIOLIN = TOKENIZER.encode(" red violin", add_special_tokens=False)[:2]
+WORDS = [TOKENIZER.decode([RED]), TOKENIZER.decode([VIOLIN])]
+
+
+@on_event_loop
+async def test_a_completion() -> None:
+    async with served() as service:
+        answer = service.start(
+            max_tokens=2, temperature=0.5, top_k=-1, top_p=0.9, min_p=0.1, seed=7, user="me"
+        )
+        work = await service.work()
+        assert work.prompt_ids == TOKENIZER.encode(TEXT)
+        assert work.sampling == SamplingParams(
+            max_tokens=2, temperature=0.5, top_k=0, top_p=0.9, min_p=0.1, seed=7
+        )
+        service.worker.send(PrefixHit(work.request_id, work.attempt, 4))
+        service.worker.send_tokens(work, RED, VIOLIN, finish_reason="length")
+        body = (await answer).json()
+    assert body["id"].startswith("cmpl-")
+    assert (await answer).headers["x-request-id"] == body["id"]
+    assert (body["object"], body["model"]) == ("text_completion", "demo")
+    assert body["choices"] == [
+        {"index": 0, "text": "".join(WORDS), "finish_reason": "length", "logprobs": None}
+    ]
+    num_prompt = len(work.prompt_ids)
+    assert body["usage"] == {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": 2,
+        "total_tokens": num_prompt + 2,
+        "prompt_tokens_details": {"cached_tokens": 4},
+    }
+
+
+@on_event_loop
+async def test_defaults() -> None:
+    """Completions write 16 tokens, chat completions what is left of the context."""
+    async with served() as service:
+        answer = service.start(stop_token_ids=[9], ignore_eos=True, priority=-3, cache_salt="mine")
+        work = await service.work()
+        expected = SamplingParams(
+            max_tokens=16, seed=work.sampling.seed, stop_token_ids=(9,), ignore_eos=True
+        )
+        assert (work.sampling, work.priority) == (expected, -3)
+        service.worker.send_tokens(work, RED, finish_reason="stop")
+        await answer
+        messages = [
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+        ]
+        answer = service.start("/v1/chat/completions", messages=messages)
+        work = await service.work()
+        assert work.prompt_ids == TOKENIZER.encode_chat([{"role": "user", "content": "a\nb"}])
+        assert work.sampling.max_tokens == 2048 - len(work.prompt_ids)
+        service.worker.send_tokens(work, RED, VIOLIN, finish_reason="stop")  # the text of a stop is not shown
+        body = (await answer).json()
+        assert body["object"] == "chat.completion"
+        message = {"role": "assistant", "content": WORDS[0], "refusal": None}
+        assert body["choices"] == [
+            {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
+        ]
+        again = [*messages, message, messages[0]]  # what was answered is part of the next prompt
+        answer = service.start("/v1/chat/completions", messages=again, max_tokens=9, max_completion_tokens=3)
+        work = await service.work()
+        assert work.sampling.max_tokens == 3
+        service.worker.send_tokens(work, RED, finish_reason="stop")
+        assert (await answer).status_code == 200
+
+
+@on_event_loop
+async def test_several_prompts_with_several_answers() -> None:
+    """Choices are numbered through: those of the first prompt, then those of the second."""
+    async with served() as service:
+        for stream in (False, True):
+            answer = service.start(prompt=[[RED], [VIOLIN, VIOLIN]], n=2, max_tokens=1, stream=stream)
+            works = {len(work.prompt_ids): work for work in [await service.work(), await service.work()]}
+            for num_prompt, tokens in ((2, (VIOLIN, RED)), (1, (RED, VIOLIN))):
+                for choice, token_id in enumerate(tokens):
+                    service.worker.send_tokens(
+                        works[num_prompt], token_id, choice=choice, finish_reason="length"
+                    )
+            response = await answer
+            if stream:
+                *chunks, done = events_of(response.text)
+                assert done == "[DONE]"
+                choices = [choice for chunk in chunks for choice in chunk["choices"]]
+            else:
+                choices = response.json()["choices"]
+                assert response.json()["usage"]["prompt_tokens"] == 3
+                assert response.json()["usage"]["completion_tokens"] == 4
+            texts = {choice["index"]: choice["text"] for choice in choices}
+            assert texts == {0: WORDS[0], 1: WORDS[1], 2: WORDS[1], 3: WORDS[0]}
+
+
+@pytest.mark.parametrize("includes_usage", [False, True])
+@on_event_loop
+async def test_a_stream(includes_usage: bool) -> None:
+    async with served() as service:
+        options: dict[str, Any] = {"stream_options": {"include_usage": True}} if includes_usage else {}
+        answer = service.start(max_tokens=2, stream=True, **options)
+        work = await service.work()
+        service.worker.send_tokens(work, RED, VIOLIN, finish_reason="length")
+        response = await answer
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    *chunks, done = events_of(response.text)
+    assert done == "[DONE]"
+    if includes_usage:
+        last = chunks.pop()
+        assert last["choices"] == []
+        assert last["usage"]["completion_tokens"] == 2
+        assert [chunk["usage"] for chunk in chunks] == [None, None]
+    else:
+        assert not any("usage" in chunk for chunk in chunks)
+    assert [chunk["choices"] for chunk in chunks] == [
+        [{"index": 0, "text": WORDS[0], "finish_reason": None, "logprobs": None}],
+        [{"index": 0, "text": WORDS[1], "finish_reason": "length", "logprobs": None}],
+    ]
+
+
+@on_event_loop
+async def test_a_chat_stream_opens_every_answer_with_its_role() -> None:
+    async with served() as service:
+        answer = service.start(
+            "/v1/chat/completions", messages=[{"role": "user", "content": "hi"}], n=2, stream=True
+        )
+        work = await service.work()
+        for choice in (0, 1):
+            service.worker.send_tokens(work, RED, choice=choice, finish_reason="length")
+        *chunks, done = events_of((await answer).text)
+    assert done == "[DONE]"
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    openings, tokens = chunks[:2], chunks[2:]
+    assert [chunk["choices"][0]["delta"] for chunk in openings] == [{"role": "assistant", "content": ""}] * 2
+    assert [chunk["choices"][0]["index"] for chunk in openings] == [0, 1]
+    assert [chunk["choices"][0]["delta"] for chunk in tokens] == [{"content": WORDS[0]}] * 2
+    assert [chunk["choices"][0]["finish_reason"] for chunk in tokens] == ["length"] * 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@on_event_loop
+async def test_a_failure_before_the_first_token_has_a_status(stream: bool) -> None:
+    async with served() as service:
+        answer = service.start(stream=stream)
+        work = await service.work()
+        service.worker.send(WorkFailed(work.request_id, work.attempt, "out of luck", retry=False))
+        error = error_of(await answer, 503)
+        assert error["message"] == "out of luck"
+        assert (await answer).headers["retry-after"] == "1"
+
+
+@on_event_loop
+async def test_a_failure_in_the_middle_of_a_stream_is_its_last_event() -> None:
+    async with served() as service:
+        answer = service.start(stream=True)
+        work = await service.work()
+        service.worker.send_tokens(work, RED)
+        service.worker.send(WorkFailed(work.request_id, work.attempt, "out of luck", retry=False))
+        response = await answer
+    assert response.status_code == 200
+    token, error = events_of(response.text)
+    assert token["choices"][0]["text"] == WORDS[0]
+    assert error["error"]["message"] == "out of luck"
+    assert error["error"]["type"] == "server_error"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("num_prompts", [1, 2])
+@on_event_loop
+async def test_a_client_that_goes_away_ends_its_requests(stream: bool, num_prompts: int) -> None:
+    async with served() as service:
+        answer = service.start(prompt=[TEXT] * num_prompts, stream=stream)
+        works = [await service.work() for _ in range(num_prompts)]
+        answer.cancel()  # httpx closes the connection
+        for work in works:
+            await service.expect_abort(work)
+
+
+@on_event_loop
+async def test_a_client_that_goes_away_in_the_middle_of_a_stream_ends_its_request(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with served() as service:
+        response, work = await service.open_stream(RED)
+        await response.aclose()
+        await service.expect_abort(work)
+    assert "Exception" not in caplog.text, "it is nobody's fault"
+
+
+@on_event_loop
+async def test_tokens_arrive_while_the_answer_is_written() -> None:
+    async with served() as service:
+        response, work = await service.open_stream(RED)
+        lines = response.aiter_lines()
+        assert WORDS[0] in await anext(lines)
+        service.worker.send_tokens(work, VIOLIN, skip=1)
+        assert await anext(lines) == ""
+        assert WORDS[1] in await anext(lines)
+        service.worker.send_tokens(work, RED, skip=2, finish_reason="stop")
+        assert [line async for line in lines if line][-1] == "data: [DONE]"
+
+
+@on_event_loop
+async def test_a_client_that_does_not_read_is_disconnected() -> None:
+    """Its window stays closed, so that the kernel gives the connection up, and the others go on."""
+    async with served(write_seconds=0.3) as service:
+        host, port = urlsplit(service.url).hostname, urlsplit(service.url).port
+        with socket.socket() as silent:
+            silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            silent.connect((host, port))
+            body = f'{{"prompt": "{TEXT}", "stream": true, "max_tokens": 1500, "user": "x"}}'
+            silent.sendall(
+                f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
+            )
+            work = await service.work()
+            for first in range(0, 1400, 100):
+                service.worker.send_tokens(work, *[RED] * 100, skip=first)
+            answer = service.start(max_tokens=1)
+            other = await service.work()
+            service.worker.send_tokens(other, RED, finish_reason="length")
+            assert (await answer).status_code == 200
+            await service.expect_abort(work)
+
+
+@on_event_loop
+async def test_a_cluster_that_is_not_there_is_unavailable() -> None:
+    """No worker, and then no router; each says which, and that it may pass."""
+    async with running_cluster() as cluster:
+        server = HttpServer(http_config(cluster.router.client_address))
+        server.start()
+        try:
+            async with httpx.AsyncClient(base_url=server.url, timeout=DEADLINE_SECONDS) as client:
+                response = await client.post("/v1/completions", json={"prompt": TEXT})
+                assert "no worker has joined" in error_of(response, 503)["message"]
+                assert response.headers["retry-after"] == "1"
+                assert (await client.get("/health")).json() == {"status": "healthy", "workers": 0}
+                assert "no worker has joined" in error_of(await client.get("/ready"), 503)["message"]
+                await cluster.worker("unified")
+                while (await client.get("/ready")).status_code != 200:
+                    pass  # what the router said is believed for a moment
+                await cluster.stop()
+                while (await client.get("/ready")).status_code != 503:
+                    pass
+                response = await client.post("/v1/completions", json={"prompt": TEXT})
+                assert error_of(response, 503)["type"] == "server_error"
+                error_of(await client.get("/health"), 503)
+                assert (await client.get("/live")).json() == {"status": "live"}
+        finally:
+            await asyncio.to_thread(server.close)

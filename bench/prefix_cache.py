@@ -6,8 +6,8 @@ unified worker, by the prefill worker that had the first one, or by the decode w
 The next turn of a conversation, which the decode worker has in its KV cache, with more and more new tokens:
 the decode worker computes them by itself; or the prefill worker does, which lacks the last answer too, or
 which has nothing of the conversation (then it is the same as a new prompt of that length). What counts
-besides TTFT is what becomes of the other answers that the decode worker writes at the time. That is what the
-default of `--local-prefill-tokens` is taken from.
+besides TTFT is what becomes of the other answers that the decode worker writes at the time: the wait of all
+is the TTFT and the longest gap of each of them. The default of `--local-prefill-tokens` is taken from that.
 
 Each worker has a core of its own. The clusters that are compared are up at once and take turns, so that
 whatever else the machine does disturbs them alike.
@@ -185,8 +185,10 @@ def main(
         old.get("next_turns", []), next_turn_figures(next_turns), ("others", "new_tokens", "computed_by")
     )
     crossovers = crossovers_of(turn_results)
-    console.print(repeat_table(repeat_results))
-    console.print(next_turn_table(turn_results, crossovers))
+    if repeat_results:
+        console.print(repeat_table(repeat_results))
+    if turn_results:
+        console.print(next_turn_table(turn_results, crossovers))
     figures = {**about, "repeats": repeat_results, "next_turns": turn_results, "crossovers": crossovers}
     console.print(f"written to {write_result('prefix_cache', figures, output)}", highlight=False)
 
@@ -210,11 +212,11 @@ def _measure(plan: Plan, options: Sequence[str], console: Console) -> tuple[list
                 addresses = _start(stack, ["unified"], plan, options, console)
                 repeats += asyncio.run(_measure_repeats(addresses, plan, advance))
         with ExitStack() as stack:
-            advance = step("disaggregated, the same prompt again")
+            advance = step("disaggregated, the same prompt again" if plan.repeated else "starting")
             addresses = _start(stack, plan.disaggregated, plan, options, console)
             again = {name: address for name, address in addresses.items() if name in plan.repeated}
             repeats += asyncio.run(_measure_repeats(again, plan, advance))
-            for count in plan.others:
+            for count in plan.others if plan.ways else ():
                 for new_tokens in plan.new_tokens:
                     advance = step(f"{new_tokens} new tokens beside {count}")
                     for way in plan.ways:
@@ -259,7 +261,7 @@ async def _measure_repeats(addresses: dict[ClusterName, str], plan: Plan, advanc
                 again = await ask(client, request)
             _check_way(first, 0, is_local=name == "unified")
             _check_way(again, REPEATED["prompt_tokens"] - BLOCK_SIZE, is_local=name != "prefill worker")
-            repeats.append(Repeat(name, request, first, again))
+            repeats.append(Repeat(name, first, again))
             advance()
     return repeats
 

@@ -10,9 +10,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
-from pdengine.bench.load import Request, Timing
+from pdengine.bench.load import Timing
 
 GOAL = 0.1  # TTFT of a prompt that is cached / of the same one that is not
+CROSSOVER_FIGURES = {"ttft_ms": "TTFT", "wait_ms": "the wait of all"}  # key of a result -> heading
 NextTurnWay = Literal["decode worker", "prefill worker", "prefill worker, anew"]
 NEXT_TURN_WAYS: tuple[NextTurnWay, ...] = get_args(NextTurnWay)
 
@@ -32,7 +33,6 @@ class Repeat:
     """The same request twice."""
 
     computed_by: str
-    request: Request
     first: Answer
     again: Answer
 
@@ -65,16 +65,12 @@ def others_during(arrivals: Sequence[Sequence[float]], begin: float, end: float)
 
 
 def repeat_figures(repeats: Iterable[Repeat]) -> list[dict[str, Any]]:
-    """A result for each that computed prompts again. identical: pairs with the same answer twice;
-    identical_fresh: first answers that are those of the first cluster that was measured."""
+    """A result for each that computed prompts again. identical: pairs with the same answer twice; answers:
+    the first ones, in the order of the prompts."""
     results = []
-    by_cluster = _grouped(repeats, lambda repeat: repeat.computed_by)
-    reference: dict[tuple[int, ...], tuple[int, ...]] = {}
-    for computed_by, pairs in by_cluster.items():
+    for computed_by, pairs in _grouped(repeats, lambda repeat: repeat.computed_by).items():
         first = [pair.first.timing.ttft for pair in pairs]
         again = [pair.again.timing.ttft for pair in pairs]
-        for pair in pairs:
-            reference.setdefault(tuple(pair.request.prompt), pair.first.token_ids)
         results.append(
             {
                 "computed_by": computed_by,
@@ -84,9 +80,7 @@ def repeat_figures(repeats: Iterable[Repeat]) -> list[dict[str, Any]]:
                 "share": median(b / a for a, b in zip(first, again, strict=True)),
                 "cached_tokens": min(pair.again.cached_tokens for pair in pairs),
                 "identical": sum(pair.first.token_ids == pair.again.token_ids for pair in pairs),
-                "identical_fresh": sum(
-                    pair.first.token_ids == reference[tuple(pair.request.prompt)] for pair in pairs
-                ),
+                "answers": [list(pair.first.token_ids) for pair in pairs],
             }
         )
     return results
@@ -113,6 +107,8 @@ def next_turn_figures(turns: Iterable[Turn]) -> list[dict[str, Any]]:
             if seen:
                 result[f"{name}_tpot_ms"] = median(other.tpot for other in seen) * 1e3
                 result[f"{name}_longest_gap_ms"] = median(other.longest_gap for other in seen) * 1e3
+        # How long everybody waits: the turn for its first token, each other answer for its next one.
+        result["wait_ms"] = result["ttft_ms"] + others * result.get("others_longest_gap_ms", 0.0)
         results.append(result)
     return results
 
@@ -126,8 +122,8 @@ def merged(
 
 
 def crossovers_of(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """From how many new tokens on the prefill worker is better, by TTFT, and by the others' longest gap: see
-    `crossover`. Against each state of it that was measured, for each number of other answers."""
+    """From how many new tokens on the prefill worker is better by each of CROSSOVER_FIGURES, as `crossover`
+    has it: in each of its states, and for each number of other answers."""
     lines: dict[tuple[int, str], dict[int, dict[str, Any]]] = {}
     for result in results:
         line = lines.setdefault((result["others"], result["computed_by"]), {})
@@ -139,9 +135,9 @@ def crossovers_of(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if computed_by == "decode worker" or not both:
             continue
         found: dict[str, Any] = {"others": others, "against": computed_by}
-        for figure in ("ttft_ms", "latency_ms"):
+        for figure in CROSSOVER_FIGURES:
             points = [(tokens, local[tokens][figure], remote[tokens][figure]) for tokens in both]
-            found[figure.removesuffix("_ms")] = crossover(points)
+            found[figure] = crossover(points)
         crossovers.append(found)
     return crossovers
 
@@ -166,9 +162,11 @@ def crossover(points: Sequence[tuple[float, float, float]]) -> float | None:
 def repeat_table(results: Sequence[dict[str, Any]]) -> Table:
     title = f"The same prompt twice: TTFT in ms, medians; goal: {GOAL:.0%} of the first"
     table = Table("computed again by", title=title, box=SIMPLE_HEAD)
-    for heading in ("first", "again", "share", "goal", "cached tokens", "same answer", "as first cluster"):
+    headings = ("first", "again", "share", "goal", "cached tokens", "same answer", "as first row's")
+    for heading in headings:
         table.add_column(heading, justify="right")
     for result in results:
+        pairs = list(zip(result["answers"], results[0]["answers"], strict=False))
         table.add_row(
             result["computed_by"],
             f"{result['first_ttft_ms']:,.1f}",
@@ -176,7 +174,8 @@ def repeat_table(results: Sequence[dict[str, Any]]) -> Table:
             f"{result['share']:.1%}",
             "reached" if result["share"] <= GOAL else "missed",
             f"{result['cached_tokens']:,}",
-            *(f"{result[key]} of {result['pairs']}" for key in ("identical", "identical_fresh")),
+            f"{result['identical']} of {result['pairs']}",
+            f"{sum(ours == theirs for ours, theirs in pairs)} of {len(pairs)}",
         )
     return table
 
@@ -186,7 +185,16 @@ def next_turn_table(results: Sequence[dict[str, Any]], crossovers: Sequence[dict
     for heading in ("others", "new tokens"):
         table.add_column(heading, justify="right")
     table.add_column("computed by")
-    for heading in ("cached", "TTFT", "latency", "others' TPOT", "alone", "others' longest gap", "alone"):
+    for heading in (
+        "cached",
+        "TTFT",
+        "latency",
+        "others' TPOT",
+        "alone",
+        "others' longest gap",
+        "alone",
+        "wait of all",
+    ):
         table.add_column(heading, justify="right")
     ordered = sorted(results, key=lambda result: (result["others"], result["new_tokens"]))
     for others, group in groupby(ordered, key=lambda result: result["others"]):
@@ -200,6 +208,7 @@ def next_turn_table(results: Sequence[dict[str, Any]], crossovers: Sequence[dict
                     "others_alone_tpot_ms",
                     "others_longest_gap_ms",
                     "others_alone_longest_gap_ms",
+                    "wait_ms",
                 )
             ]
             new_tokens, cached = f"{result['new_tokens']:,}", f"{result['cached_tokens']:,}"
@@ -210,12 +219,10 @@ def next_turn_table(results: Sequence[dict[str, Any]], crossovers: Sequence[dict
 
 def _sentence(found: dict[str, Any]) -> str:
     figures = [
-        f"{name} never (as measured)"
-        if found[key] is None
-        else f"{name} from {found[key]:,.0f} new tokens on"
-        for key, name in (("ttft", "TTFT"), ("latency", "latency"))
+        f"{heading} {'nowhere' if found[key] is None else f'from {found[key]:,.0f} new tokens on'}"
+        for key, heading in CROSSOVER_FIGURES.items()
     ]
-    return f"beside {found['others']}, {found['against']} is better by {', by '.join(figures)}"
+    return f"beside {found['others']}: {found['against']} is better by {', by '.join(figures)}"
 
 
 def _grouped(items: Iterable[Any], key: Any) -> dict[Any, list[Any]]:

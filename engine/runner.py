@@ -12,6 +12,11 @@ from pdengine.engine.step_upload import upload_for
 from pdengine.models.decoder import Decoder
 from pdengine.triton_kernels.copy_blocks import copy_blocks
 
+ReadTokens = Callable[[], list[int]]
+"""Waits for a step: the next token of each chunk that samples, in order, and behind it those of the siblings
+of its sequence. When it returns, all that the step has stored is in memory: peers may read it, and blocks
+may be given to others. Belongs to the thread that started the step."""
+
 
 class Runner:
     """Owns the model and writes the KV cache. Belongs to the engine thread."""
@@ -22,18 +27,27 @@ class Runner:
         self._device = device
         self._upload = upload_for(device)
 
-    @torch.inference_mode()
     def run(
         self,
         chunks: Sequence_[Chunk],
         after_layer: Callable[[int], None] | None = None,
         copies: Sequence_[BlockCopy] = (),
     ) -> list[int]:
-        """Do `copies`, all at once, then compute `chunks`; the next token of each chunk that samples, in
-        order, and behind it those of the siblings of its sequence.
+        """`start` a step and wait for its tokens."""
+        return self.start(chunks, after_layer, copies)()
 
-        When it returns, all that the step has stored is in memory: peers may read it, and blocks may be given
-        to others. after_layer: see Decoder; what is called finds that layer in memory, too.
+    @torch.inference_mode()
+    def start(
+        self,
+        chunks: Sequence_[Chunk],
+        after_layer: Callable[[int], None] | None = None,
+        copies: Sequence_[BlockCopy] = (),
+    ) -> ReadTokens:
+        """Do `copies`, all at once, then compute `chunks`. What it returns must be called before the next
+        step is started.
+
+        On a GPU the step may still run when this returns, on a CPU it is done. Chunks and sequences are not
+        read any more. after_layer: see Decoder; what is called finds that layer in memory.
         """
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # every thread has one of its own; kernels are launched on it
@@ -46,12 +60,15 @@ class Runner:
             batch.token_ids, batch.positions, self._kv_cache.pool, batch.attention, after_layer
         )
         if not batch.sampled:
-            self._wait()
-            return []
+            return self._read_nothing
         logits = self._model.logits(hidden[batch.sampled_rows])
         # Reading the tokens waits for the device, once per step.
-        token_ids: list[int] = self._model.kernels.sample(logits, batch.sampling).tolist()
-        return token_ids
+        read_tokens: ReadTokens = self._model.kernels.sample(logits, batch.sampling).tolist
+        return read_tokens
+
+    def _read_nothing(self) -> list[int]:
+        self._wait()
+        return []
 
     def _wait(self) -> None:
         if self._device.type == "cuda":

@@ -78,7 +78,8 @@ local_prefill_option = option(
     type=click.IntRange(0),
     default=256,
     help="A decode worker that has all but so many tokens of a prompt in its prefix cache computes the rest "
-    "itself; 0: never.",
+    "itself; 0: never. The default is where that began to delay 4 other answers there by more than it saved "
+    "the request, measured with a prefill worker that lacked 1000 tokens of the prompt besides.",
 )
 
 

@@ -1,13 +1,17 @@
-"""The engine loop: take commands, schedule, run, postprocess, report.
+"""The engine loop: take commands, schedule, start the step, report the one before, read the tokens.
 
 It runs on a thread of its own and talks through queues only: commands come in by `post` from any thread,
 events go out by the `emit` callable. It sleeps while there is nothing to do.
+
+Between two steps only that happens which the second one depends on; the first one is reported while the
+second one runs. Commands are handled while no step runs: they may free blocks that a step writes.
 """
 
 import queue
 from collections.abc import Callable
 from itertools import islice
 from time import monotonic
+from typing import NamedTuple
 
 from pdengine.engine.cache_news import CacheNews
 from pdengine.engine.commands import (
@@ -58,10 +62,20 @@ from pdengine.transport.transfer import (
 )
 
 
+class _EndedStep(NamedTuple):
+    """See WorkerMetrics.step_completed."""
+
+    seconds: float
+    num_tokens: int
+    num_prompt_tokens: int
+    num_generated: int
+
+
 class Engine:
     """`run` belongs to the engine thread; `post`, `load` and `step_age` may be used from any thread.
 
-    emit: takes the events of one turn, on the engine thread; must be quick and thread-safe.
+    emit: takes the events since it was called last, in order, on the engine thread; must be quick and
+        thread-safe. Usually it is called once a step.
     """
 
     def __init__(
@@ -91,6 +105,7 @@ class Engine:
         self._cache_news = CacheNews(scheduler.pool)
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._events: list[Event] = []
+        self._ended: _EndedStep | None = None  # one that is not counted yet
         self._lanes: dict[str, str] = {}
         self._turned_at = self._told_at = monotonic()
         self._is_asleep = True
@@ -146,12 +161,11 @@ class Engine:
         if makes_room:  # nobody depends on it
             self._drop_early(early[-1])
             self._events.append(EarlyPullDropped(early[-1].request_id, early[-1].attempt))
-        goes_on = bool(step.chunks) or makes_room
-        self._tell(hurry=not goes_on)  # what is known already does not wait for the step
         if step.chunks:
             self._run(step)
-            self._tell()
-        return goes_on
+            return True
+        self._tell(hurry=not makes_room)
+        return makes_room
 
     def _max_prompt_tokens(self) -> int | None:
         if self._step_limit is None:
@@ -160,24 +174,26 @@ class Engine:
         return self._step_limit.max_prompt_tokens(num_decodes)
 
     def _run(self, step: Step) -> None:
+        if not self._runner.is_asynchronous:
+            self._tell()  # what is known already does not wait for the step
         started_at = monotonic()
-        token_ids = self._runner.run(step.chunks, self._pushes.write_after_layer(step.chunks), step.copies)
+        read_tokens = self._runner.start(
+            step.chunks, self._pushes.write_after_layer(step.chunks), step.copies
+        )
+        if self._runner.is_asynchronous:
+            self._tell()  # the step does not wait for that either
+        token_ids = read_tokens()
         self._finish(step, token_ids, monotonic() - started_at)
 
     def _finish(self, step: Step, token_ids: list[int], seconds: float) -> None:
-        """The step is computed, and `token_ids` were sampled: record and report it."""
+        """The step is computed, and `token_ids` were sampled: record it. `_tell` makes it known."""
         num_tokens = sum(chunk.num_tokens for chunk in step.chunks)
         num_prompt_tokens = sum(chunk.num_prompt_tokens for chunk in step.chunks)
         num_decodes = sum(chunk.num_tokens == 1 and chunk.samples for chunk in step.chunks)
         unfinished = [chunk for chunk in step.chunks if not chunk.samples]
         self._report(self._scheduler.postprocess(step, token_ids, self._eos_token_ids))
         self._report_progress(unfinished)
-        self._metrics.step_completed(
-            seconds,
-            num_tokens=num_tokens,
-            num_prompt_tokens=num_prompt_tokens,
-            num_generated=len(token_ids),
-        )
+        self._ended = _EndedStep(seconds, num_tokens, num_prompt_tokens, len(token_ids))
         if self._step_limit is not None:
             self._step_limit.observe(
                 num_prompt_tokens=num_tokens - num_decodes, num_decodes=num_decodes, seconds=seconds
@@ -207,6 +223,14 @@ class Engine:
     def _tell(self, *, hurry: bool = False) -> None:
         """Publish the load and hand out the events so far. hurry: the loop is about to sleep."""
         now = monotonic()
+        if self._ended is not None:
+            self._metrics.step_completed(
+                self._ended.seconds,
+                num_tokens=self._ended.num_tokens,
+                num_prompt_tokens=self._ended.num_prompt_tokens,
+                num_generated=self._ended.num_generated,
+            )
+            self._ended = None
         self._metrics.blocks_held(self.load.num_blocks - self.load.free_blocks, now - self._told_at)
         self._told_at, self.load = now, self._current_load()
         news = self._cache_news.take(now, hurry=hurry)
@@ -251,7 +275,7 @@ class Engine:
                 )
 
     def _grant_lease(self, sequence: Sequence) -> KVLease:
-        # Peers may read from here on: the runner has read the step's tokens, so all its kernels have ended.
+        # Peers may read from here on: the step's tokens were read, so all its kernels have ended.
         lease = self._lease_of(sequence, sequence.num_computed)
         self._scheduler.lease(sequence)
         self._metrics.request_ended("prefilled")

@@ -19,12 +19,16 @@ may be given to others. Belongs to the thread that started the step."""
 
 
 class Runner:
-    """Owns the model and writes the KV cache. Belongs to the engine thread."""
+    """Owns the model and writes the KV cache. Belongs to the engine thread.
+
+    is_asynchronous: whether a step still runs when `start` returns.
+    """
 
     def __init__(self, model: Decoder, kv_cache: KVCache, device: torch.device) -> None:
         self._model = model
         self._kv_cache = kv_cache
         self._device = device
+        self.is_asynchronous = device.type == "cuda"
         self._upload = upload_for(device)
 
     def run(
@@ -46,8 +50,8 @@ class Runner:
         """Do `copies`, all at once, then compute `chunks`. What it returns must be called before the next
         step is started.
 
-        On a GPU the step may still run when this returns, on a CPU it is done. Chunks and sequences are not
-        read any more. after_layer: see Decoder; what is called finds that layer in memory.
+        Chunks and sequences are not read any more when it returns. after_layer: see Decoder; what is called
+        finds that layer in memory.
         """
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # every thread has one of its own; kernels are launched on it

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from pdengine.models.config import ModelConfig
 from pdengine.models.rope import inverse_frequencies, rope_cos_sin
 from pdengine.triton_kernels.attention import AttentionBatch
+from pdengine.triton_kernels.cpu_kernels import CpuKernels
+from pdengine.triton_kernels.cpu_layers import MAX_TOKENS, CpuLayers, LayerWeights, can_fuse
 from pdengine.triton_kernels.kernels import Kernels, kernels_for
 from pdengine.triton_kernels.packed_linear import PackedLinear
 
@@ -43,6 +45,7 @@ class Decoder(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
         self.packed_embedding: PackedLinear | None = None  # for the logits of tied models, once packed
+        self.fused_layers: CpuLayers | None = None  # for small steps on a CPU, once packed
         # A plain attribute: as a buffer it would follow `.to(dtype)` and lose its precision.
         self.inverse_frequencies = inverse_frequencies(config.rope, config.head_dim)
 
@@ -61,7 +64,12 @@ class Decoder(nn.Module):
         `[tokens, hidden_size]` float32, for `logits`.
         """
         cos, sin = rope_cos_sin(positions, self.inverse_frequencies, self.config.rope.attention_factor)
-        residual: Tensor = self.embed_tokens(token_ids).to(torch.float32)
+        embedded = self.embed_tokens(token_ids)
+        if self.fused_layers is not None and after_layer is None and 0 < len(token_ids) <= MAX_TOKENS:
+            hidden = self.fused_layers.run(embedded, cos, sin, kv_pool, batch)
+            if hidden is not None:
+                return hidden
+        residual: Tensor = embedded.to(torch.float32)
         update: Tensor | None = None
         for index, layer in enumerate(self.layers):
             residual, update = layer(residual, update, cos, sin, kv_pool, batch)
@@ -92,6 +100,12 @@ class Decoder(nn.Module):
                 module.pack()
         if self.lm_head is None:
             self.packed_embedding = PackedLinear(self.embed_tokens.weight, None)
+        weights = [layer.packed_weights() for layer in self.layers if isinstance(layer, DecoderLayer)]
+        config = self.config
+        if isinstance(self.kernels, CpuKernels) and can_fuse(weights, config.hidden_size, self.dtype):
+            self.fused_layers = CpuLayers(
+                weights, config.num_heads, config.head_dim, config.rms_norm_eps, self.dtype
+            )
 
 
 class DecoderLayer(nn.Module):
@@ -125,6 +139,22 @@ class DecoderLayer(nn.Module):
         return residual, self.mlp(normed)
 
     __call__ = forward  # nobody hooks in here, so nn.Module's own call would only take time
+
+    def packed_weights(self) -> LayerWeights:
+        """For `CpuLayers`, once packed."""
+        attention, mlp = self.attention, self.mlp
+        query_norm, key_norm = attention.query_norm, attention.key_norm
+        return LayerWeights(
+            input_norm=self.input_norm.weight,
+            qkv=attention.qkv_proj.packed_weight(),
+            query_norm=None if query_norm is None else query_norm.weight,
+            key_norm=None if key_norm is None else key_norm.weight,
+            uses_rope=attention.uses_rope,
+            output=attention.output_proj.packed_weight(),
+            post_norm=self.post_attention_norm.weight,
+            gate_up=mlp.gate_up_proj.packed_weight(),
+            down=mlp.down_proj.packed_weight(),
+        )
 
     def _add_norm(self, residual: Tensor, update: Tensor | None, norm: "RMSNorm") -> tuple[Tensor, Tensor]:
         return self.kernels.add_rms_norm(residual, update, norm.weight, norm.eps, self.dtype)
@@ -220,6 +250,10 @@ class Linear(nn.Linear):
         """See `Decoder.pack`. The weight has no numbers afterwards."""
         self.packed = PackedLinear(self.weight, self.bias)
         self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
+
+    def packed_weight(self) -> PackedLinear:
+        assert self.packed is not None, "pack first"
+        return self.packed
 
 
 class Embedding(nn.Embedding):

@@ -71,7 +71,7 @@ class CpuAttention:
         shape = ("paged_attention", query.shape[1])
         plan: AttentionPlan | None = batch.plans.get(shape)
         if plan is None:
-            plan = batch.plans[shape] = self._plan(batch, query, kv_pool)
+            plan = batch.plans[shape] = self.plan(batch, query.shape[1], query.dtype, kv_pool)
         if not plan.is_native:
             return torch_attention.attend(query, kv_pool, layer, batch, scale)
         query = query.contiguous()
@@ -103,14 +103,16 @@ class CpuAttention:
             float_bits(scale), 0, 0, 0, 0, 0, 0, 0,
         )  # fmt: skip
 
-    def _plan(self, batch: AttentionBatch, query: Tensor, kv_pool: Tensor) -> AttentionPlan:
+    def plan(
+        self, batch: AttentionBatch, num_heads: int, dtype: torch.dtype, kv_pool: Tensor
+    ) -> AttentionPlan:
+        """How the kernels share the work of a step; `dtype` is that of the queries."""
         _, num_kv_heads, _, _, block_size, head_dim = kv_pool.shape
-        num_heads = query.shape[1]
         layer_bytes = kv_pool.stride(2) * kv_pool.element_size()
         group_size = num_heads // num_kv_heads
         fits = group_size <= MAX_GROUP_SIZE and group_size * head_dim <= MAX_GROUP_ELEMENTS
         aligned = head_dim % 32 == 0 and block_size % TILE_TOKENS == 0
-        if not (fits and aligned and query.dtype == kv_pool.dtype and query.dtype in DTYPES):
+        if not (fits and aligned and dtype == kv_pool.dtype and dtype in DTYPES):
             return AttentionPlan(is_native=False, layer_bytes=layer_bytes)
         starts = np.array(batch.query_starts_on_host, np.int64)
         num_new = starts[1:] - starts[:-1]
@@ -122,7 +124,7 @@ class CpuAttention:
             decode, is_split = plan_decodes(batch, single, num_heads, kv_pool, num_threads)
             num_split = len(single) if is_split else 0
         if len(chunks) > 0:
-            multiplies_bfloat16 = self._uses_dot_product and query.dtype == torch.bfloat16
+            multiplies_bfloat16 = self._uses_dot_product and dtype == torch.bfloat16
             prefill = plan_prefills(batch, chunks, num_heads, kv_pool, num_threads, multiplies_bfloat16)
         return AttentionPlan(True, layer_bytes, decode, num_split, prefill)
 

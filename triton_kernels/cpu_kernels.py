@@ -100,7 +100,7 @@ class CpuKernels(Kernels):
         shape = ("rotate_and_store", num_qkv_heads, pairs)
         plan: RotationPlan | None = batch.plans.get(shape)
         if plan is None:
-            plan = batch.plans[shape] = _plan_rotation(kv_pool, num_qkv_heads, pairs)
+            plan = batch.plans[shape] = plan_rotation(kv_pool, num_qkv_heads, pairs)
         query = torch.empty(num_tokens, plan.num_heads, head_dim, dtype=qkv.dtype)
         self._run(
             self._rotate_and_store,
@@ -153,7 +153,8 @@ class CpuKernels(Kernels):
         return torch_sampling.sample(logits, batch)
 
 
-def _plan_rotation(kv_pool: Tensor, num_qkv_heads: int, pairs: int) -> RotationPlan:
+def plan_rotation(kv_pool: Tensor, num_qkv_heads: int, pairs: int) -> RotationPlan:
+    """What `rotate_and_store` is told of the shapes of all layers."""
     _, num_kv_heads, _, _, block_size, head_dim = kv_pool.shape
     block_elements, head_elements, layer_elements = kv_pool.stride()[:3]
     num_heads = num_qkv_heads - 2 * num_kv_heads

@@ -94,13 +94,27 @@ def scratch_on_the_stack(typing_context):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _call_kernel(typing_context, kernel, words):  # type: ignore[no-untyped-def]
+def call_kernel(typing_context, kernel, words):  # type: ignore[no-untyped-def]
+    """Call the kernel at an address, on this thread."""
+
     def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
         function_type = ir.FunctionType(ir.VoidType(), [_WORD])
         builder.call(builder.inttoptr(values[0], function_type.as_pointer()), [values[1]])
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def call_barrier(typing_context, barrier):  # type: ignore[no-untyped-def]
+    """Call `void barrier(void)` at an address."""
+
+    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        function_type = ir.FunctionType(ir.VoidType(), [])
+        builder.call(builder.inttoptr(values[0], function_type.as_pointer()), [])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
 
 
 @intrinsic
@@ -137,7 +151,7 @@ def _launch(  # type: ignore[no-untyped-def]
     if num_threads > 1:
         _call_gomp_parallel(gomp_parallel, kernel, words, num_threads)
     else:
-        _call_kernel(kernel, words)
+        call_kernel(kernel, words)
 
 
 @dataclass(frozen=True)

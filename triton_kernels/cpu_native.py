@@ -11,6 +11,7 @@ from pdengine.triton_kernels import (
     cpu_elementwise,
     cpu_linear,
     cpu_prefill_attention,
+    cpu_program,
 )
 from pdengine.triton_kernels.cpu_launch import Launcher, compile_kernel, make_launcher
 from pdengine.triton_kernels.vector_code import has_bf16_dot_product
@@ -27,6 +28,7 @@ class NativeKernels:
     decode_attention: Any
     reduce_parts: Any
     prefill_attention: Any
+    run_program: Any
     linear_float32: Any
     linear_bfloat16: Any  # None where the CPU has no dot products of bfloat16
 
@@ -42,6 +44,7 @@ def native_kernels() -> NativeKernels:
         decode_attention=compile_kernel(cpu_decode_attention.decode_attention),
         reduce_parts=compile_kernel(cpu_decode_attention.reduce_parts),
         prefill_attention=compile_kernel(cpu_prefill_attention.prefill_attention),
+        run_program=compile_kernel(cpu_program.run_program),
         linear_float32=compile_kernel(cpu_linear.linear_float32),
         linear_bfloat16=compile_kernel(cpu_linear.linear_bfloat16) if has_bf16_dot_product() else None,
     )

@@ -17,10 +17,20 @@ def gomp_parallel_address() -> int:
     LLVM's and Intel's runtimes have this function of GCC's, too. It returns when `function(data)` has
     returned on all threads; the calling thread is one of them.
     """
+    return _address("GOMP_parallel")
+
+
+def gomp_barrier_address() -> int:
+    """The address of `void GOMP_barrier(void)`, in which each thread of `GOMP_parallel` waits for all of
+    them; 0 as above. Outside of a team it returns at once."""
+    return _address("GOMP_barrier")
+
+
+def _address(name: str) -> int:
     # Of a handle, dlsym looks in what the library is linked with: no other runtime of the process is found.
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
-        function = ctypes.CDLL(str(library)).GOMP_parallel
+        function = ctypes.CDLL(str(library))[name]
     except (OSError, AttributeError):
         return 0
     return ctypes.cast(function, ctypes.c_void_p).value or 0

@@ -36,7 +36,7 @@ class PackedLinear:
         self._bias = bias
         self._is_packed = _can_pack(weight.dtype)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self._is_packed else weight
-        self._own_rows = 0
+        self.own_rows = 0  # up to so many rows are multiplied by our own kernel
         panels = None
         if self._is_packed:
             _use_huge_pages(self._weight)
@@ -46,8 +46,8 @@ class PackedLinear:
         num_panels = -(-self.out_features // PANEL_COLUMNS)
         if panels is None or kernel is None or num_panels < torch.get_num_threads():
             return
-        self._own_rows = OWN_ROWS
-        self._run, self._kernel = native.launcher.run, kernel.address
+        self.own_rows = OWN_ROWS
+        self._run, self.kernel = native.launcher.run, kernel.address
         self._panels, self._panel_bytes = panels, torch.ops.mkldnn._nbytes(self._weight) // num_panels
         self._row_bytes = self.in_features * weight.element_size()
         self._panel_bias: Tensor | None = None
@@ -58,27 +58,28 @@ class PackedLinear:
     def __call__(self, inputs: Tensor) -> Tensor:
         """`[rows, inputs]` -> `[rows, outputs]`, both of the weights' dtype."""
         num_rows = inputs.shape[0]
-        if num_rows > self._own_rows and self._is_packed:
+        if num_rows > self.own_rows and self._is_packed:
             return torch.ops.mkldnn._linear_pointwise(inputs, self._weight, self._bias, "none", [], "")  # type: ignore[no-any-return]
         if not self._is_packed:
             return F.linear(inputs, self._weight, self._bias)
         outputs = torch.empty(num_rows, self.out_features, dtype=self._dtype)
         if num_rows:
-            self._multiply(inputs.contiguous(), outputs)
+            inputs = inputs.contiguous()
+            self._run(self.kernel, True, *self.words(inputs.data_ptr(), num_rows, outputs.data_ptr()))
         return outputs
 
-    def _multiply(self, inputs: Tensor, outputs: Tensor) -> None:
-        self._run(
-            self._kernel,
-            True,
-            inputs.data_ptr(),
+    def words(self, inputs: int, num_rows: int, outputs: int) -> tuple[int, ...]:
+        """What the own kernel, at the address `kernel`, takes for up to `own_rows` rows: `inputs` and
+        `outputs` are the addresses of what `__call__` takes and returns, both contiguous."""
+        return (
+            inputs,
             self._row_bytes,
-            inputs.shape[0],
+            num_rows,
             self._row_bytes // 4,
             self._panels,
             self._panel_bytes,
             self._bias_address,
-            outputs.data_ptr(),
+            outputs,
             self.out_features,
             0,
             0,

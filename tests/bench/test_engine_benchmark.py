@@ -30,7 +30,7 @@ from pdengine.bench.transfer_report import PlotUnavailable
 from pdengine.cli.main import main
 from pdengine.engine.kv_cache import KVCache
 from pdengine.engine.memory import weight_bytes
-from pdengine.engine.runner import Runner
+from pdengine.engine.runner import ReadTokens, Runner
 from pdengine.engine.scheduler import BlockCopy, Chunk, SchedulerConfig
 from pdengine.models.config import ModelConfig, RopeConfig, load_config
 from pdengine.models.demo.facts import checkpoint_directory
@@ -133,16 +133,18 @@ def test_shares_are_of_whatever_bounds_the_step() -> None:
 
 class RecordingRunner(Runner):
     def __init__(self) -> None:
+        self.is_asynchronous = False
         self.steps: list[list[Chunk]] = []
 
-    def run(
+    def start(
         self,
         chunks: Sequence_[Chunk],
         after_layer: Callable[[int], None] | None = None,
         copies: Sequence_[BlockCopy] = (),
-    ) -> list[int]:
+    ) -> ReadTokens:
         self.steps.append(list(chunks))
-        return [0 for chunk in chunks if chunk.samples]
+        token_ids = [0 for chunk in chunks if chunk.samples]
+        return lambda: token_ids
 
 
 def test_a_step_has_the_sequences_that_it_is_counted_for() -> None:

@@ -20,7 +20,7 @@ from pdengine.engine.leases import BorrowedLease
 from pdengine.engine.metrics import WorkerMetrics
 from pdengine.engine.pulls import Pulls
 from pdengine.engine.pushes import Pushes
-from pdengine.engine.runner import Runner
+from pdengine.engine.runner import ReadTokens, Runner
 from pdengine.engine.scheduler import BlockCopy, Chunk, Scheduler, SchedulerConfig
 from pdengine.engine.sequence import Mode, Sequence, sequences_of
 from pdengine.transport.memory_transfer import Fabric, MemoryTransfer
@@ -79,7 +79,8 @@ class TokenRunner(Runner):
     engine thread stays inside the next step until `release`.
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, *, is_asynchronous: bool = True) -> None:
+        self.is_asynchronous = is_asynchronous
         self.pool: npt.NDArray[np.int64] = np.full((num_blocks, block_size), -1, np.int64)
         self._free_steps = 0
         self._may_run = threading.Event()
@@ -107,34 +108,51 @@ class TokenRunner(Runner):
     def release(self) -> None:
         self._may_run.set()
 
-    def run(
+    def start(
         self,
         chunks: Sequence_[Chunk],
         after_layer: Callable[[int], None] | None = None,
         copies: Sequence_[BlockCopy] = (),
-    ) -> list[int]:
-        if not self._may_run.is_set() and self._free_steps:
+    ) -> ReadTokens:
+        """As on a GPU the pool is read and written between this and the reading of the tokens, unless a
+        layer is waited for; what the engine does to the sequences in between makes no difference."""
+        step = [_compute_later(self.pool, chunk) for chunk in chunks]
+        held = not self._may_run.is_set()
+        if held and self._free_steps:
             self._free_steps -= 1
-        elif not self._may_run.is_set():
-            self._is_held.set()
-            assert self._may_run.wait(DEADLINE_SECONDS), "the step was never released"
-        block_size = self.pool.shape[1]
-        if copies:
-            sources, destinations = zip(*copies, strict=True)
-            self.pool[list(destinations)] = self.pool[list(sources)]
-        sampled: list[int] = []
-        for chunk in chunks:
-            sequence, end = chunk.sequence, chunk.sequence.num_computed + chunk.num_tokens
-            for position in range(sequence.num_computed, end):
-                block_id = sequence.block_ids[position // block_size]
-                self.pool[block_id, position % block_size] = sequence.token_ids[position]
-            if chunk.samples:
-                context = self.pool[sequence.block_ids].flatten()[:end].tolist()
-                answers = [sequence, *sequence.siblings]
-                sampled += [next_token(context, answer.choice) for answer in answers]
-        if after_layer is not None:
-            after_layer(0)
-        return sampled
+            held = False
+
+        def read_tokens() -> list[int]:
+            if held:
+                self._is_held.set()
+                assert self._may_run.wait(DEADLINE_SECONDS), "the step was never released"
+            if copies:
+                sources, destinations = zip(*copies, strict=True)
+                self.pool[list(destinations)] = self.pool[list(sources)]
+            token_ids = [token_id for compute in step for token_id in compute()]
+            if after_layer is not None:
+                after_layer(0)
+            return token_ids
+
+        if self.is_asynchronous and after_layer is None:
+            return read_tokens
+        token_ids = read_tokens()
+        return lambda: token_ids
+
+
+def _compute_later(pool: npt.NDArray[np.int64], chunk: Chunk) -> Callable[[], list[int]]:
+    sequence, end, block_size = chunk.sequence, chunk.sequence.num_computed + chunk.num_tokens, pool.shape[1]
+    positions, block_ids = range(sequence.num_computed, end), list(sequence.block_ids)
+    token_ids = sequence.token_ids[:end]
+    choices = [answer.choice for answer in (sequence, *sequence.siblings)] if chunk.samples else []
+
+    def compute() -> list[int]:
+        for position in positions:
+            pool[block_ids[position // block_size], position % block_size] = token_ids[position]
+        context = pool[block_ids].flatten()[:end].tolist()
+        return [next_token(context, choice) for choice in choices]
+
+    return compute
 
 
 class EngineWorker:

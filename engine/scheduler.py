@@ -343,14 +343,15 @@ class Scheduler:
             # One more than it needs was allocated for this copy when it was admitted, or it was forked.
             has_spare = len(block_ids) > num_blocks
             new = [block_ids.pop()] if has_spare else self._grow(sequence, 1, step, may_preempt)
-            if new is None:
+            if new is not None:
+                [block_ids[index]] = new
+                step.copies.append(BlockCopy(source, block_ids[index]))
+                sequence.num_named = min(sequence.num_named, index)
+                if sequence.mode is Mode.PREFILL:
+                    self._pinned.unpin([source])
+                self.pool.free([source])
+            elif not self.pool.is_writable(source):  # else those who shared it were preempted for the copy
                 return False
-            [block_ids[index]] = new
-            step.copies.append(BlockCopy(source, block_ids[index]))
-            sequence.num_named = min(sequence.num_named, index)
-            if sequence.mode is Mode.PREFILL:
-                self._pinned.unpin([source])
-            self.pool.free([source])
         sequence.num_writable = num_blocks * block_size
         return True
 

@@ -551,3 +551,22 @@ def test_what_ends_an_answer(token_id: int, ignore_eos: bool, reason: str | None
     sequence = make_sequence("request", Mode.WHOLE, [1], stop_token_ids=(9,), ignore_eos=ignore_eos)
     sequence.append(token_id, EOS)
     assert sequence.finish_reason == reason
+
+
+@pytest.mark.parametrize(("num_prompt_tokens", "num_answers"), [(13, 2), (15, 4)])
+def test_answers_that_were_preempted_for_a_copy_leave_the_block_to_the_first(
+    num_prompt_tokens: int, num_answers: int
+) -> None:
+    """The pool holds one answer: the others share its last block until they are preempted, which frees none."""
+    scheduler = make_scheduler(num_blocks=4)
+    prompt = range(100, 100 + num_prompt_tokens)
+    scheduler.add(make_sequence("a", Mode.WHOLE, prompt, n=num_answers, max_tokens=2))
+    num_finished = 0
+    while num_finished < num_answers:
+        scheduler.admit()
+        step = scheduler.schedule()
+        assert step.chunks, "nothing runs, and nobody will wake the engine"
+        num_sampled = sum(chunk.sequence.num_slots for chunk in step.chunks if chunk.samples)
+        advanced = scheduler.postprocess(step, [7] * num_sampled, frozenset())
+        num_finished += sum(sequence.finish_reason is not None for sequence in advanced)
+    assert scheduler.pool.num_free == 4

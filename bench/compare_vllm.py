@@ -228,8 +228,8 @@ def _server(round_: Round, peer: Peer | None, file: Path) -> Iterator[str]:
         with vllm_server(peer, round_.model, **limits, log=log) as port:
             yield str(port)
     else:
-        options = ("--model", str(round_.model), "--kv-memory", f"{KV_MEMORY}B")
-        options += ("--max-batch-tokens", str(MAX_BATCH_TOKENS), *WORKERS[round_.system])
+        memory = ("--kv-memory", f"{KV_MEMORY}B", "--max-batch-tokens", str(MAX_BATCH_TOKENS))
+        options = ("--model", str(round_.model), *memory, *WORKERS[round_.system])
         with up(*options) as (_, _, address):
             yield address
 

@@ -55,7 +55,7 @@ def http_options(*, default: str | None) -> Callable[[Function], Function]:
             "--max-in-flight",
             type=click.IntRange(1),
             default=1024,
-            help="Prompts over HTTP that are answered at once; more are told to come back.",
+            help="Answers over HTTP (n to each prompt) that are written at once; more are told to come back.",
         ),
     ]
 

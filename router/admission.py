@@ -135,10 +135,10 @@ def _encode(prompt: TextPrompt | ChatPrompt, tokenizer: Tokenizer) -> list[int]:
     try:
         match prompt:
             case TextPrompt(text):
-                _check_length(len(text))
+                check_length(len(text))
                 return tokenizer.encode(text) if text else []
             case ChatPrompt(messages):
-                _check_length(sum(len(message.role) + len(message.content) for message in messages))
+                check_length(sum(len(message.role) + len(message.content) for message in messages))
                 turns = [{"role": message.role, "content": message.content} for message in messages]
                 return tokenizer.encode_chat(turns) if turns else []
     except InvalidRequest:
@@ -147,7 +147,8 @@ def _encode(prompt: TextPrompt | ChatPrompt, tokenizer: Tokenizer) -> list[int]:
         raise InvalidRequest("prompt", str(error)) from error
 
 
-def _check_length(num_characters: int) -> None:
+def check_length(num_characters: int) -> None:
+    """Raise InvalidRequest for a prompt with more text than is tokenized."""
     if num_characters > MAX_TEXT_CHARACTERS:
         raise InvalidRequest(
             "prompt", f"prompt has {num_characters} characters, the limit is {MAX_TEXT_CHARACTERS}"

@@ -237,6 +237,12 @@ class Registry:
         return max((w.capacity for w in self._workers.values() if not self.splits(w)), default=0)
 
     @property
+    def max_request_tokens(self) -> int | None:
+        """Tokens of prompt and answer together of the largest request; the last one is never cached."""
+        max_context = self.max_context
+        return None if max_context is None else min(max_context, self.max_answer_tokens + 1)
+
+    @property
     def max_prompt_tokens(self) -> int:
         """Tokens that the largest KV cache holds where prompts are computed."""
         complete = self.is_disaggregated

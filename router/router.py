@@ -141,7 +141,12 @@ class Router:
                         self._send_to_client(client, Failed(tag, reason))
                 case GetStatus(tag):
                     workers = self._registry.statuses(monotonic())
-                    self._send_to_client(client, Status(tag, self._epoch, workers, len(self._ledger)))
+                    self._send_to_client(
+                        client,
+                        Status(
+                            tag, self._epoch, workers, len(self._ledger), self._registry.max_request_tokens
+                        ),
+                    )
 
     def _accept(self, client: bytes, message: Generate) -> None:
         tag = message.tag
@@ -359,6 +364,8 @@ class Router:
         if request is None or [(token.choice, token.position) for token in message.tokens] != expected:
             if message.lease is not None:
                 self._send_to_worker(worker, ReleaseLeases([message.lease.lease_id]))
+            if request is not None:
+                self._attempts.retry(request, "its worker sent other tokens than were asked for")
             return
         request.lease, request.lease_accepted = message.lease, False
         for choice, token in zip(unfinished, message.tokens, strict=True):

@@ -261,10 +261,14 @@ class WorkerStatus(msgspec.Struct, frozen=True):
 
 
 class Status(Message, frozen=True):
+    """max_request_tokens: of prompt and answer together that the workers take for one request; None while
+    there is no worker."""
+
     tag: int
     epoch: str
     workers: list[WorkerStatus]
     requests: int
+    max_request_tokens: int | None = None
 
 
 ClientToRouter = Generate | Cancel | Inquire | GetStatus

@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from pdengine.router.admission import check_length
 from pdengine.router.http import replies
 from pdengine.router.http.completions import chat_prompt, complete, complete_chat
 from pdengine.router.http.door import Door
@@ -73,11 +74,8 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         """The tokens of a text, or of messages."""
         service.check_model(body.model)
         check_unknown(extras(body), {})
-        token_ids = await service.on_thread(lambda: _token_ids(service, body))
-        spellings = None
-        if body.return_token_strs:
-            spellings = [service.tokenizer.spelling(token_id) for token_id in token_ids]
-        return _json(Tokens(len(token_ids), service.max_model_len, token_ids, spellings))
+        content = await service.on_thread(lambda: _tokens(service, body))
+        return Response(content, media_type="application/json")
 
     @app.post("/detokenize", responses=_responses(Text, BODY_ERRORS))
     async def detokenize(body: DetokenizeBody) -> Response:
@@ -90,12 +88,22 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         return _json(Text(text))
 
 
+def _tokens(service: Service, body: TokenizeBody) -> bytes:
+    """The answer to `/tokenize`, encoded. Takes long for long text."""
+    token_ids = _token_ids(service, body)
+    spellings = None
+    if body.return_token_strs:
+        spellings = [service.tokenizer.spelling(token_id) for token_id in token_ids]
+    return msgspec.json.encode(Tokens(len(token_ids), service.max_model_len, token_ids, spellings))
+
+
 def _token_ids(service: Service, body: TokenizeBody) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(HTTPStatus.BAD_REQUEST, "give either prompt or messages", param="prompt")
     field = "prompt"
     try:
         if body.prompt is not None:
+            check_length(len(body.prompt))
             return service.tokenizer.encode(
                 body.prompt, add_special_tokens=body.add_special_tokens is not False
             )
@@ -108,10 +116,11 @@ def _token_ids(service: Service, body: TokenizeBody) -> list[int]:
             )
         field = "messages"
         turns = [{"role": turn.role, "content": turn.content} for turn in chat_prompt(body.messages).messages]
+        check_length(sum(len(turn["role"]) + len(turn["content"]) for turn in turns))
         return service.tokenizer.encode_chat(
             turns, add_generation_prompt=body.add_generation_prompt is not False
         )
-    except ValueError as error:  # no chat template, or one that fails
+    except ValueError as error:  # too long, no chat template, or one that fails
         raise ApiError(HTTPStatus.BAD_REQUEST, str(error), param=field) from error
 
 

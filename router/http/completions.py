@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from pdengine.client import GenerateError
+from pdengine.router.admission import MAX_TOKENS_OF_CHOICES
 from pdengine.router.http.answers import Answer, Answers
 from pdengine.router.http.errors import ApiError, ClientGone, error_body, of_outcome
 from pdengine.router.http.fields import (
@@ -117,7 +118,7 @@ class AnswerResponse(Response):
         self._started = False  # the status has been sent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._service.admitted(len(self._prompts)):
+        with self._service.admitted(len(self._prompts), self._n):
             requests = [await self._to_generate(prompt) for prompt in self._prompts]
             answers = Answers(
                 [Answer(self._service.client, r, self._service.metrics, self._asked_at) for r in requests]
@@ -147,7 +148,9 @@ class AnswerResponse(Response):
         tokens = await self._service.to_tokens(prompt, self._prompt_field)
         if max_tokens is None:
             # If nothing is left, the router says so.
-            max_tokens = max(1, self._service.max_model_len - len(tokens.token_ids))
+            max_tokens = max(1, await self._service.max_request_tokens() - len(tokens.token_ids))
+            if self._n > 1:
+                max_tokens = min(max_tokens, MAX_TOKENS_OF_CHOICES // self._n)
         return Generate(
             tag=0,
             prompt=tokens,

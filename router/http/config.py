@@ -21,10 +21,10 @@ class HttpConfig:
     clients. model_directory: the router's checkpoint. served_model_name: what requests call it. api_keys: any
     of them opens all endpoints but /live and /ready, which need none; empty: none is needed anywhere.
 
-    max_body_bytes, max_prompts: of one request. max_in_flight: prompts of all requests that are served at
-    once; more get 429. head_seconds, body_seconds: for a request to arrive. write_seconds: a client that
-    reads nothing for so long is disconnected. drain_seconds: what `close` leaves to requests in flight.
-    connect_seconds: for the router to answer.
+    max_body_bytes, max_prompts: of one request. max_in_flight: answers, n for each prompt, of all requests
+    that are served at once; more get 429. head_seconds, body_seconds: for a request to arrive.
+    write_seconds: a client that reads nothing for so long is disconnected. drain_seconds: what `close` leaves
+    to requests in flight. connect_seconds: for the router to answer.
     """
 
     address: str

@@ -1,7 +1,8 @@
 """What the server is asked: the bodies of requests, as pydantic checks them and OpenAPI shows them.
 
 Fields that are not here are looked at by `fields.check_unknown`. Types are strict, as in OpenAI's API: "5" is
-no number. Null is the default of every field that has one.
+no number. Null is the default of every field that has one. Lists are checked to the first entry that is
+wrong: an error for each of a million entries would take gigabytes.
 """
 
 from typing import Annotated, Any, Literal, TypeAlias
@@ -21,9 +22,10 @@ def _valid_unicode(text: str) -> str:
     return text
 
 
+FAIL_FAST = Field(fail_fast=True)  # pydantic.FailFast() has no hash, which unions need in Python 3.11
 Text: TypeAlias = Annotated[str, AfterValidator(_valid_unicode)]
 TokenId: TypeAlias = Annotated[int, Ge(0), Lt(2**31)]
-TokenIds: TypeAlias = Annotated[list[TokenId], Len(1)]
+TokenIds: TypeAlias = Annotated[list[TokenId], FAIL_FAST, Len(1)]
 
 
 def _kind_of_prompt(prompt: object) -> str | None:
@@ -43,9 +45,9 @@ def _kind_of_prompt(prompt: object) -> str | None:
 
 Prompt: TypeAlias = Annotated[
     Annotated[Text, Tag("text")]
-    | Annotated[list[Text], Len(1), Tag("texts")]
-    | Annotated[list[TokenId], Len(1), Tag("tokens")]
-    | Annotated[list[TokenIds], Len(1), Tag("lists of tokens")],
+    | Annotated[list[Text], FAIL_FAST, Len(1), Tag("texts")]
+    | Annotated[list[TokenId], FAIL_FAST, Len(1), Tag("tokens")]
+    | Annotated[list[TokenIds], FAIL_FAST, Len(1), Tag("lists of tokens")],
     Discriminator(
         _kind_of_prompt,
         custom_error_type="prompt",
@@ -76,7 +78,7 @@ class SamplingBody(Body):
     top_k: Annotated[int, Ge(-1), Lt(2**31)] | None = Field(0, description="0 or -1: all tokens.")
     min_p: Annotated[Number, Ge(0), Le(1)] | None = 0.0
     seed: Annotated[int, Ge(-(2**63)), Lt(2**63)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Len(0, MAX_STOP_TOKENS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], FAIL_FAST, Len(0, MAX_STOP_TOKENS)] | None = None
     ignore_eos: bool | None = False
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -121,7 +123,7 @@ class ChatMessageBody(Body):
     """content: several parts are joined by line ends."""
 
     role: Text
-    content: Text | list[TextPart]
+    content: Text | Annotated[list[TextPart], FAIL_FAST]
 
     @property
     def text(self) -> str:
@@ -131,7 +133,7 @@ class ChatMessageBody(Body):
 
 
 class ChatBody(SamplingBody):
-    messages: Annotated[list[ChatMessageBody], Len(1)]
+    messages: Annotated[list[ChatMessageBody], FAIL_FAST, Len(1)]
     max_tokens: MaxTokens | None = Field(None, description="By default what is left of the context.")
     max_completion_tokens: MaxTokens | None = Field(
         None, description="The newer name of max_tokens, which it precedes."
@@ -143,7 +145,7 @@ class TokenizeBody(Body):
 
     model: Text | None = None
     prompt: Text | None = None
-    messages: Annotated[list[ChatMessageBody], Len(1)] | None = None
+    messages: Annotated[list[ChatMessageBody], FAIL_FAST, Len(1)] | None = None
     add_special_tokens: bool | None = Field(
         None, description="By default those of a prompt are added; those of messages are in the template."
     )
@@ -155,7 +157,7 @@ class TokenizeBody(Body):
 
 class DetokenizeBody(Body):
     model: Text | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], FAIL_FAST]
 
 
 def extras(body: Body) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The HTTP server on a thread of its own, with its own event loop.
 
-So it can share the process of a router without a request body, or a slow client, ever standing in the way of
-the router's loop; a process of its own has nothing else to do.
+So it can share the process of a router: what is parsed here, and slow clients, do not wait on the router's
+loop. Both still share the interpreter's lock; a process of its own shares nothing.
 """
 
 import asyncio
@@ -128,11 +128,14 @@ class _Server(uvicorn.Server):
 
 
 def _protocol(head_seconds: float) -> type[HttpToolsProtocol]:
-    """uvicorn's protocol, with a limit of time and of size for the head of a request, which it lacks."""
+    """uvicorn's protocol, with limits of time and of size that it lacks: for the head of a request, for what
+    is in a body but no part of it (trailers), and for a body that is still to come after the response.
+    """
 
     class Protocol(HttpToolsProtocol):
-        _head_bytes = 0
+        _head_bytes = 0  # or of trailers and chunk extensions, since the body last went on
         _head_deadline: asyncio.TimerHandle | None = None
+        _rest_deadline: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -140,24 +143,48 @@ def _protocol(head_seconds: float) -> type[HttpToolsProtocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._end_head()
+            self._end_rest()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
-            if self._head_deadline is not None:
-                self._head_bytes += len(data)
+            self._head_bytes += len(data)
             super().data_received(data)
             # Of the bytes since the head began, those that came with its end may be of the body.
-            if self._head_deadline is not None and self._head_bytes > MAX_HEAD_BYTES:
+            if self._head_bytes <= MAX_HEAD_BYTES:
+                return
+            if self._head_deadline is not None:
                 self.send_400_response(f"The head of a request may have {MAX_HEAD_BYTES} bytes.")
+            elif self.cycle is not None and self.cycle.more_body:
+                self.transport.close()  # the parser would keep one long trailer whole
 
         def on_message_begin(self) -> None:
             if self._head_deadline is None:
                 self._expect_head()
             super().on_message_begin()
 
+        def on_header(self, name: bytes, value: bytes) -> None:
+            if self._head_deadline is not None:  # else it is a trailer, which nobody reads
+                super().on_header(name, value)
+
         def on_headers_complete(self) -> None:
             self._end_head()
             super().on_headers_complete()
+
+        def on_body(self, body: bytes) -> None:
+            self._head_bytes = 0
+            super().on_body(body)
+
+        def on_message_complete(self) -> None:
+            self._end_rest()
+            super().on_message_complete()
+
+        def on_response_complete(self) -> None:
+            is_last = not self.pipeline  # pipelined requests follow a complete one
+            super().on_response_complete()
+            # Not at once: closing while bytes arrive resets the connection, and the client, which may be
+            # sending a small body still, would not see why it was refused.
+            if is_last and self.cycle.more_body and not self.transport.is_closing():
+                self._rest_deadline = self.loop.call_later(head_seconds, self.transport.close)
 
         def _expect_head(self) -> None:
             self._head_bytes = 0
@@ -167,6 +194,12 @@ def _protocol(head_seconds: float) -> type[HttpToolsProtocol]:
             if self._head_deadline is not None:
                 self._head_deadline.cancel()
                 self._head_deadline = None
+            self._head_bytes = 0
+
+        def _end_rest(self) -> None:
+            if self._rest_deadline is not None:
+                self._rest_deadline.cancel()
+                self._rest_deadline = None
 
     return Protocol
 

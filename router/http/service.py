@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http import HTTPStatus
+from math import inf
 from time import monotonic, time
 from typing import TypeVar
 
@@ -38,10 +39,10 @@ class Service:
         self._vocab_size = model_config.vocab_size
         self._threads = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="http-tokenizer")
         self.client = AsyncClient(config.router_address, connect_timeout=config.connect_seconds)
-        self._num_prompts = 0
+        self._num_answers = 0
         self._asking = asyncio.Lock()
-        self._status: Status | None = None
-        self._asked_at = 0.0
+        self._status: Status | str = ""  # or why there is none
+        self._asked_at = -inf
 
     async def close(self) -> None:
         await self.client.close()
@@ -58,8 +59,8 @@ class Service:
             )
 
     @contextmanager
-    def admitted(self, num_prompts: int) -> Iterator[None]:
-        """While these prompts are answered. Raises ApiError if that is too many of them."""
+    def admitted(self, num_prompts: int, n: int) -> Iterator[None]:
+        """While n answers to each of these prompts are written. Raises ApiError if that is too many."""
         config = self.config
         if num_prompts > config.max_prompts:
             raise ApiError(
@@ -67,18 +68,20 @@ class Service:
                 f"prompt has {num_prompts} prompts in it, the limit is {config.max_prompts}",
                 param="prompt",
             )
-        if self._num_prompts + num_prompts > config.max_in_flight:
+        num_answers = num_prompts * n
+        if self._num_answers + num_answers > config.max_in_flight:
             raise ApiError(
                 HTTPStatus.TOO_MANY_REQUESTS,
-                f"{self._num_prompts} prompts are being answered, the limit is {config.max_in_flight}",
+                f"{self._num_answers} answers are being written and {num_answers} more are asked for, "
+                f"the limit is {config.max_in_flight}",
                 code="too_many_requests",
                 headers={"Retry-After": str(RETRY_SECONDS)},
             )
-        self._num_prompts += num_prompts
+        self._num_answers += num_answers
         try:
             yield
         finally:
-            self._num_prompts -= num_prompts
+            self._num_answers -= num_answers
 
     async def to_tokens(self, prompt: Prompt, field: str) -> TokenPrompt:
         """Tokenize here and not in the router: there may be several of these processes. Raises ApiError."""
@@ -98,18 +101,23 @@ class Service:
     async def status(self) -> Status:
         """How the router is, or was a moment ago. Raises ApiError if it does not answer."""
         async with self._asking:
-            if self._status is None or monotonic() - self._asked_at > STATUS_AGE_SECONDS:
-                self._status = None
+            if monotonic() - self._asked_at > STATUS_AGE_SECONDS:
                 try:
                     async with asyncio.timeout(STATUS_SECONDS):
                         self._status = await self.client.status()
                 except (TimeoutError, RouterUnavailable):
-                    address = self.config.router_address
-                    raise unavailable(f"the router at {address} does not answer") from None
+                    self._status = f"the router at {self.config.router_address} does not answer"
                 except GenerateError as error:
-                    raise unavailable(str(error)) from error
+                    self._status = str(error)
                 self._asked_at = monotonic()
+            if isinstance(self._status, str):
+                raise unavailable(self._status)
             return self._status
+
+    async def max_request_tokens(self) -> int:
+        """Tokens of prompt and answer together that the workers take. Raises ApiError if there are none."""
+        limit = (await self.ready_status()).max_request_tokens
+        return self.max_model_len if limit is None else limit
 
     async def ready_status(self) -> Status:
         """The router's status. Raises ApiError also if there is no worker behind it."""

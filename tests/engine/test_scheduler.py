@@ -557,7 +557,7 @@ def test_what_ends_an_answer(token_id: int, ignore_eos: bool, reason: str | None
 def test_answers_that_were_preempted_for_a_copy_leave_the_block_to_the_first(
     num_prompt_tokens: int, num_answers: int
 ) -> None:
-    """The pool holds one answer: the others share its last block until they are preempted, which frees none."""
+    """The pool holds one answer. To preempt the others, which share its last block, frees none."""
     scheduler = make_scheduler(num_blocks=4)
     prompt = range(100, 100 + num_prompt_tokens)
     scheduler.add(make_sequence("a", Mode.WHOLE, prompt, n=num_answers, max_tokens=2))

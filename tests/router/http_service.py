@@ -58,10 +58,10 @@ class Served:
 
 
 @asynccontextmanager
-async def served(*, max_context: int = 2048, **changes: Any) -> AsyncIterator[Served]:
+async def served(*, max_context: int = 2048, num_blocks: int = 1024, **changes: Any) -> AsyncIterator[Served]:
     """At the end the router must have nothing left of any request."""
     async with running_cluster() as cluster:
-        worker = await cluster.worker("unified", max_context=max_context, num_blocks=1024)
+        worker = await cluster.worker("unified", max_context=max_context, num_blocks=num_blocks)
         server = HttpServer(http_config(cluster.router.client_address, **changes))
         server.start()
         service = Served(cluster, worker, server)

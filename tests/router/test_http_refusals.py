@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import pytest
 from fake_cluster import DEADLINE_SECONDS, on_event_loop
 from http_service import TEXT, Served, error_of, served
+from pydantic import ValidationError
 
+from pdengine.router.admission import MAX_TEXT_CHARACTERS
 from pdengine.router.http.fields import (
     IGNORED,
     NEUTRAL,
@@ -17,6 +20,7 @@ from pdengine.router.http.fields import (
     NEUTRAL_IN_MESSAGE,
     OF_LOGPROBS,
 )
+from pdengine.router.http.requests import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from pdengine.transport.messages import Abort
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -192,6 +196,8 @@ async def test_tokens_there_and_back() -> None:
             {},
             {"prompt": "a", "messages": MESSAGES},
             {"messages": MESSAGES, "add_special_tokens": True},
+            {"prompt": "a" * (MAX_TEXT_CHARACTERS + 1)},
+            {"messages": [{"role": "user", "content": "a" * MAX_TEXT_CHARACTERS}]},
         ):
             await refusal(service, "/tokenize", body)
 
@@ -212,6 +218,7 @@ async def test_limits_of_a_request_and_of_all_together() -> None:
             service.worker.send_tokens(work, 400, finish_reason="stop")
         assert [response.status_code for response in await asyncio.gather(*running)] == [200, 200]
         assert error_of(await service.complete(prompt=["a"] * 3), 429)
+        assert error_of(await service.complete(n=3), 429)
         answer = service.start()
         service.worker.send_tokens(await service.work(), 400, finish_reason="stop")
         assert (await answer).status_code == 200
@@ -301,6 +308,52 @@ async def test_a_client_that_dawdles_is_disconnected() -> None:
         assert await caller.say() == b""
         service.worker.send_tokens(work, 400, finish_reason="stop")
         assert (await answer).status_code == 200
+
+
+@on_event_loop
+async def test_trailers_are_neither_read_nor_kept() -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
+    body = b"f\r\n" + b'{"prompt": "a"}' + b"\r\n0\r\n"
+    async with served() as service:
+        caller = Caller(service.url)
+        trailer = b"Content-Type: application/json\r\n\r\n"
+        ends = b"GET /live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        first, *_ = (await caller.say(head + b"\r\n" + body + trailer + ends)).splitlines()
+        assert b" 400 " in first, "the trailer is no header"
+        for endless in (b"X: y\r\n" * 100_000, b"X: " + b"y" * 700_000, b"1;" + b"y" * 700_000):
+            start = b"" if endless.startswith(b"1") else body
+            assert await caller.say(head + b"\r\n" + start + endless) == b""
+
+
+@on_event_loop
+async def test_a_body_that_does_not_end_after_its_response_closes_the_connection() -> None:
+    async with served(head_seconds=0.2) as service:
+        caller = Caller(service.url)
+        start = b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n"
+        assert b" 404 " in (await caller.say(start, b"a")).splitlines()[0]
+        ends = b"GET /live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        answers = await caller.say(start + b"aaaa" + start + b"aaaa" + ends)
+        assert answers.count(b"HTTP/1.1 404") == 2, "one that does end leaves it open"
+        assert b"HTTP/1.1 200" in answers
+
+
+@pytest.mark.parametrize(
+    ("body", "fields"),
+    [
+        (CompletionBody, {"prompt": [-1] * 1000}),
+        (CompletionBody, {"prompt": [[-1] * 1000] * 1000}),
+        (CompletionBody, {"prompt": ["a", *[1] * 1000]}),
+        (CompletionBody, {"prompt": "a", "stop_token_ids": [-1] * 1000}),
+        (ChatBody, {"messages": [{}] * 1000}),
+        (ChatBody, {"messages": [{"role": "u", "content": [{}] * 1000}] * 1000}),
+        (TokenizeBody, {"messages": [{}] * 1000}),
+        (DetokenizeBody, {"tokens": [-1] * 1000}),
+    ],
+)
+def test_a_list_costs_the_errors_of_one_entry(body: type[Body], fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as error:
+        body.model_validate(fields)
+    assert error.value.error_count() <= 3
 
 
 @on_event_loop

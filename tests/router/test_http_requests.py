@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from contextlib import nullcontext
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -10,10 +11,14 @@ import pytest
 from fake_cluster import DEADLINE_SECONDS, on_event_loop, running_cluster
 from http_service import TEXT, error_of, events_of, http_config, served
 
+from pdengine.client import RouterUnavailable
 from pdengine.models.demo.facts import checkpoint_directory
 from pdengine.models.tokenizer import Tokenizer
+from pdengine.router.admission import MAX_TOKENS_OF_CHOICES
+from pdengine.router.http import service as service_module
+from pdengine.router.http.errors import ApiError
 from pdengine.router.http.server import HttpServer
-from pdengine.transport.messages import PrefixHit, SamplingParams, WorkFailed
+from pdengine.transport.messages import PrefixHit, SamplingParams, Status, WorkFailed
 
 TOKENIZER = Tokenizer.load(checkpoint_directory())
 RED, VIOLIN = TOKENIZER.encode(" red violin", add_special_tokens=False)[:2]
@@ -81,6 +86,57 @@ async def test_defaults() -> None:
         assert work.sampling.max_tokens == 3
         service.worker.send_tokens(work, RED, finish_reason="stop")
         assert (await answer).status_code == 200
+
+
+@on_event_loop
+async def test_a_chat_answer_is_at_most_what_the_kv_cache_holds() -> None:
+    """Where that is less than the context."""
+    async with served(num_blocks=10) as service:
+        answer = service.start("/v1/chat/completions", messages=[{"role": "user", "content": "a"}])
+        work = await service.work()
+        assert work.sampling.max_tokens == 10 * 16 + 1 - len(work.prompt_ids)
+        service.worker.send_tokens(work, RED, finish_reason="length")
+        assert (await answer).status_code == 200
+
+
+@on_event_loop
+async def test_several_chat_answers_share_what_a_request_may_write() -> None:
+    n = 128
+    async with served(max_context=16_000) as service:
+        messages = [{"role": "user", "content": "a"}]
+        answer = service.start("/v1/chat/completions", messages=messages, n=n)
+        work = await service.work()
+        assert work.sampling.max_tokens == MAX_TOKENS_OF_CHOICES // n
+        for choice in range(n):
+            service.worker.send_tokens(work, RED, choice=choice, finish_reason="stop")
+        assert (await answer).status_code == 200
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+@on_event_loop
+async def test_what_the_router_says_is_believed_for_a_moment(
+    monkeypatch: pytest.MonkeyPatch, is_there: bool
+) -> None:
+    """Also that it says nothing: probes do not queue up for it."""
+    monkeypatch.setattr(service_module, "STATUS_AGE_SECONDS", DEADLINE_SECONDS)
+    num_asked = 0
+
+    async def answer() -> Status:
+        nonlocal num_asked
+        num_asked += 1
+        if is_there:
+            return Status(0, "epoch", [], 0)
+        raise RouterUnavailable("silence")
+
+    service = service_module.Service(http_config("tcp://127.0.0.1:1"))
+    try:
+        monkeypatch.setattr(service.client, "status", answer)
+        for _ in range(2):
+            with nullcontext() if is_there else pytest.raises(ApiError, match="does not answer"):
+                await service.status()
+    finally:
+        await service.close()
+    assert num_asked == 1
 
 
 @on_event_loop

@@ -338,6 +338,18 @@ async def test_a_prefill_worker_that_gives_no_lease_is_a_failed_attempt() -> Non
 
 
 @on_event_loop
+async def test_a_prefill_worker_that_sends_other_tokens_is_a_failed_attempt() -> None:
+    async with running_cluster(max_attempts=1) as cluster:
+        prefill, _ = await cluster.pair()
+        task, work = await cluster.start_request(prefill)
+        lease = messages.KVLease(5, prefill.engine_id, [0], 4, duration=30.0)
+        prefill.send(Prefilled(work.request_id, 1, [], lease))
+        await prefill.expect(ReleaseLeases, lease_ids=[5])
+        with pytest.raises(Failed, match="other tokens"):
+            await task
+
+
+@on_event_loop
 async def test_a_silent_worker_is_given_up() -> None:
     async with running_cluster(silence_seconds=0.5) as cluster:
         silent = await cluster.worker("unified", "silent")

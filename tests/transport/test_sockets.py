@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
 import pytest
 import zmq
 import zmq.asyncio
@@ -21,6 +22,7 @@ from pdengine.transport.messages import (
 )
 from pdengine.transport.sockets import (
     HIGH_WATER_MARK,
+    MAX_IN_A_ROW,
     MAX_MESSAGE_BYTES,
     AddressError,
     PeerSocket,
@@ -80,6 +82,32 @@ async def test_there_and_back() -> None:
         assert message == RenewLeases(1, [2, 3])
         server.send(identity, LeasesRenewed(1, [2], [3]))
         assert await peers[0].receive() == LeasesRenewed(1, [2], [3])
+
+
+@on_event_loop
+async def test_messages_in_a_row_leave_turns_to_other_tasks() -> None:
+    async with open_sockets() as sockets:
+        server = sockets.server()
+        peer = sockets.peer(server.bind(LOOPBACK))
+        peer.send(RenewLeases(0, []))
+        await server.receive()
+        reply, num_turns = LeasesRenewed(1, [], []), 0
+
+        async def count_turns() -> None:
+            nonlocal num_turns
+            while True:
+                num_turns += 1
+                await asyncio.sleep(0)
+
+        def always_there(_flags: int) -> list[bytes]:
+            return [msgspec.msgpack.encode(reply)]
+
+        peer._waiting.recv_multipart = always_there  # type: ignore[method-assign, assignment]
+        other = asyncio.create_task(count_turns())
+        for _ in range(10 * MAX_IN_A_ROW):
+            assert await peer.receive() == reply
+        other.cancel()
+        assert 9 <= num_turns <= 10
 
 
 @on_event_loop

@@ -141,7 +141,7 @@ async def test_tokens_of_an_answer_that_nobody_asked_for_are_ignored(index: int)
 
 
 @on_event_loop
-async def test_first_tokens_that_are_not_those_of_the_unfinished_answers_are_ignored() -> None:
+async def test_first_tokens_that_are_not_those_of_the_unfinished_answers_cost_an_attempt() -> None:
     async with running_cluster() as cluster:
         prefill, _ = await cluster.pair()
         answer = ask(cluster, n=2)
@@ -150,7 +150,9 @@ async def test_first_tokens_that_are_not_those_of_the_unfinished_answers_are_ign
         lease = prefill.send_prefilled(one, RED)
         assert lease is not None
         await prefill.expect(ReleaseLeases, lease_ids=[lease.lease_id])
-        prefill.send_prefilled(work, VIOLIN, "length")
+        again = (await prefill.expect(Prefill)).work
+        assert again.attempt == work.attempt + 1
+        prefill.send_prefilled(again, VIOLIN, "length")
         assert [choice.token_ids for choice in (await answer).choices] == [[VIOLIN], [VIOLIN]]
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter, OrderedDict
-from collections.abc import Callable
-from types import FrameType
-from typing import Any
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from lines_executed import lines_executed
 
 from pdengine.engine import block_pool, free_blocks
 from pdengine.engine.block_pool import BlockPool
@@ -184,26 +181,6 @@ def test_too_much_changes_nothing() -> None:
     assert pool.removed == []
 
 
-def lines_executed(function: Callable[[], object]) -> int:
-    """Lines of the pool's files that `function` executes: its work, independent of the machine."""
-    count, files = 0, {block_pool.__file__, free_blocks.__file__}
-
-    def trace(frame: FrameType, event: str, argument: Any) -> Any:
-        nonlocal count
-        if frame.f_code.co_filename not in files:
-            return None
-        count += event == "line"
-        return trace
-
-    previous = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        function()
-    finally:
-        sys.settrace(previous)
-    return count
-
-
 @pytest.mark.parametrize("count", [1, 8, 50])
 def test_work_does_not_grow_with_the_pool(count: int) -> None:
     def use(pool: BlockPool) -> None:
@@ -216,7 +193,7 @@ def test_work_does_not_grow_with_the_pool(count: int) -> None:
         pool.free(block_ids)
 
     small, large = pool_of_idle_blocks(320), pool_of_idle_blocks(100_000)
-    work = lines_executed(lambda: use(small))
+    work = lines_executed(lambda: use(small), block_pool, free_blocks)
     assert work > 0
-    assert lines_executed(lambda: use(large)) == work
+    assert lines_executed(lambda: use(large), block_pool, free_blocks) == work
     large.check()

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from itertools import pairwise
-from types import FrameType
-from typing import Any
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from lines_executed import lines_executed
 
 from pdengine.engine import free_blocks
 from pdengine.engine.free_blocks import FreeBlocks
@@ -130,26 +127,6 @@ def test_check_notices_a_lost_block() -> None:
         pool.check()
 
 
-def lines_executed(function: Callable[[], object]) -> int:
-    """Lines of free_blocks.py that `function` executes: its work, independent of the machine."""
-    count = 0
-
-    def trace(frame: FrameType, event: str, argument: Any) -> Any:
-        nonlocal count
-        if frame.f_code.co_filename != free_blocks.__file__:
-            return None
-        count += event == "line"
-        return trace
-
-    previous = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        function()
-    finally:
-        sys.settrace(previous)
-    return count
-
-
 def fragmented_pool(num_blocks: int) -> FreeBlocks:
     """Every second stretch of 8 blocks is free, so no run is longer than 8."""
     pool = FreeBlocks(num_blocks)
@@ -166,9 +143,9 @@ def test_work_does_not_grow_with_the_pool(count: int) -> None:
         pool.free(block_ids)
 
     small, large = fragmented_pool(320), fragmented_pool(100_000)
-    work = lines_executed(lambda: allocate_and_free(small))
+    work = lines_executed(lambda: allocate_and_free(small), free_blocks)
     assert work > 0
-    assert lines_executed(lambda: allocate_and_free(large)) == work
+    assert lines_executed(lambda: allocate_and_free(large), free_blocks) == work
     large.check()
 
 

@@ -1,7 +1,6 @@
 """What the tests of failures share: questions, and a worker whose faults can be switched on."""
 
 import os
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from checkpoints import VOCAB_SIZE
 from deployment import Deployment
+from fork_server import ForkedProcess
 
 from pdengine.client import Client, Completion
 
@@ -78,7 +78,7 @@ class FaultyWorker:
         self._deployment = deployment
         self._faults = Path(tempfile.mkdtemp(prefix="faults-", dir=deployment.logs))
         self._num_held = 0
-        self.process: subprocess.Popen[bytes] = deployment.start_worker(
+        self.process: ForkedProcess = deployment.start_worker(
             role,
             *options,
             module="faulty_worker",
@@ -104,6 +104,12 @@ class FaultyWorker:
 
     def wait_pull_begun(self) -> None:
         self._deployment.wait_log(self.process, "^the pull has begun$", self._num_held)
+
+    def hang_next_step(self) -> None:
+        (self._faults / "hang-steps").touch()
+
+    def wait_hanging(self) -> None:
+        self._deployment.wait_log(self.process, "^a step hangs$")
 
     def lose_releases(self) -> None:
         (self._faults / "lose-releases").touch()

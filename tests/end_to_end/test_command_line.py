@@ -1,6 +1,5 @@
 """The commands, as a person types them."""
 
-import os
 import re
 import shutil
 import signal
@@ -13,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from checkpoints import write_checkpoint
-from deployment import DEADLINE_SECONDS, Deployment, wait_for
+from deployment import DEADLINE_SECONDS, Deployment, fork_server, wait_for
 
 from pdengine.client import Client
 from pdengine.models.demo.facts import checkpoint_directory, demo_questions
@@ -23,14 +22,7 @@ SMALL = ("--kv-memory", "64MiB")  # the default does not fit into every machine 
 
 
 def run(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_SECONDS,
-        env={**os.environ, **(environment or {})},
-        check=False,
-    )
+    return fork_server().run("pdengine.cli", arguments, environment or {}, DEADLINE_SECONDS)
 
 
 @pytest.fixture
@@ -96,8 +88,9 @@ def test_a_pool_too_small_for_one_block(model: Path) -> None:
         (("--block-size", "24", "--device", "cuda"), ("block size 24", "16, 32, 64, 128, 256")),
         (("--kv-memory", "40%", "--device", "cuda"), ("40%", "--gpu-memory-utilization")),
         (("--bind", "127.0.0.1"), ("127.0.0.1", "tcp://HOST:PORT")),
-        (("--bind", "tcp://0.0.0.0:0"), ("--advertise",)),
-        (("--advertise", "tcp://192.0.2.1:0"), ("192.0.2.1",)),
+        (("--bind", "tcp://0.0.0.0:0"), ("--bind tcp://0.0.0.0:0", "--keys")),
+        (("--bind", "tcp://0.0.0.0:0", "--insecure"), ("--advertise",)),
+        (("--advertise", "tcp://192.0.2.1:0", "--insecure"), ("192.0.2.1",)),
     ],
 )
 def test_bad_options_are_named(options: tuple[str, ...], words: tuple[str, ...], model: Path) -> None:

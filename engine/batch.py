@@ -11,6 +11,7 @@ from torch import Tensor
 from pdengine.engine.sampler import sampling_arrays
 from pdengine.engine.scheduler import Chunk
 from pdengine.engine.sequence import Sequence, blocks_for
+from pdengine.engine.step_extras import NO_EXTRAS, ExtrasPlan, StepExtras
 from pdengine.engine.step_upload import Array, Upload
 from pdengine.triton_kernels.attention import AttentionBatch
 from pdengine.triton_kernels.kernels import SamplingBatch
@@ -26,10 +27,22 @@ class Batch:
     sampled: list[Sequence]  # answers whose known tokens end in this batch: they get a next token
     sampled_rows: Tensor  # [len(sampled)] int64: row of the last token of each; siblings share one
     sampling: SamplingBatch  # how each of them is drawn
+    extras: StepExtras
 
 
-def build_batch(chunks: Sequence_[Chunk], block_size: int, upload: Upload) -> Batch:
-    """Pack `chunks`, in order. Reads the sequences' tokens, blocks and num_computed; changes nothing."""
+def build_batch(
+    chunks: Sequence_[Chunk],
+    block_size: int,
+    upload: Upload,
+    *,
+    eos_token_ids: Sequence_[int] = (),
+    vocab_size: int = 0,
+) -> Batch:
+    """Pack `chunks`, in order. Reads the sequences' tokens, blocks and num_computed; changes nothing but
+    their logit tables.
+
+    eos_token_ids, vocab_size: of the model, for sequences that ask for more than tokens.
+    """
     starts = np.array([chunk.sequence.num_computed for chunk in chunks], np.int64)
     new_tokens = np.array([chunk.num_tokens for chunk in chunks], np.int64)
     context_lengths = starts + new_tokens
@@ -37,7 +50,7 @@ def build_batch(chunks: Sequence_[Chunk], block_size: int, upload: Upload) -> Ba
     rows = np.repeat(np.arange(len(chunks)), new_tokens)  # the sequence of each token
     positions = np.arange(len(rows)) + (starts - query_starts[:-1])[rows]
     block_tables = _block_tables(chunks, context_lengths.tolist(), block_size)
-    sampled = [answer for chunk in chunks if chunk.samples for answer in _answers(chunk.sequence)]
+    sampled = [answer for chunk in chunks if chunk.samples for answer in chunk.sequence.answers]
     num_sampled = [chunk.sequence.num_slots if chunk.samples else 0 for chunk in chunks]
     arrays: list[Array] = [
         _token_ids(chunks, len(rows)),
@@ -50,6 +63,11 @@ def build_batch(chunks: Sequence_[Chunk], block_size: int, upload: Upload) -> Ba
         np.repeat(query_starts[1:] - 1, num_sampled),
         *sampling_arrays(sampled),
     ]
+    plan, num_plain = None, len(arrays)
+    if not all(chunk.sequence.is_plain for chunk in chunks):
+        plan = ExtrasPlan(chunks, query_starts.tolist(), eos_token_ids=eos_token_ids, vocab_size=vocab_size)
+        arrays += plan.arrays
+    tensors = upload(arrays)
     (
         token_ids,
         position_tensor,
@@ -60,7 +78,7 @@ def build_batch(chunks: Sequence_[Chunk], block_size: int, upload: Upload) -> Ba
         context_length_tensor,
         sampled_rows,
         *sampling,
-    ) = upload(arrays)
+    ) = tensors[:num_plain]
     attention = AttentionBatch(
         block_ids=block_ids,
         block_offsets=block_offsets,
@@ -71,12 +89,10 @@ def build_batch(chunks: Sequence_[Chunk], block_size: int, upload: Upload) -> Ba
         context_lengths_on_host=context_lengths.tolist(),
         num_decodes=_leading_single_tokens(chunks),
     )
-    return Batch(token_ids, position_tensor, attention, sampled, sampled_rows, SamplingBatch(*sampling))
-
-
-def _answers(sequence: Sequence) -> list[Sequence]:
-    """The sequence and those that wait for its KV cache: each of them draws a token of its own."""
-    return [sequence, *sequence.siblings]
+    extras = NO_EXTRAS if plan is None else plan.on_device(tensors[num_plain:])
+    return Batch(
+        token_ids, position_tensor, attention, sampled, sampled_rows, SamplingBatch(*sampling), extras
+    )
 
 
 def _token_ids(chunks: Sequence_[Chunk], num_tokens: int) -> npt.NDArray[np.int64]:

@@ -11,6 +11,7 @@ from pdengine.transport.messages import (
     Prefilled,
     PrefixHit,
     PromptProgress,
+    PromptScored,
     PullEarly,
     Pulled,
     Pushed,
@@ -32,7 +33,10 @@ class AddRequest:
 
 @dataclass(frozen=True)
 class AbortRequest:
+    """choices: the answers to give up; None: all of them."""
+
     request_id: str
+    choices: frozenset[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,7 @@ Command = (
 Report = (
     PromptProgress
     | EarlyPullDropped
+    | PromptScored
     | Prefilled
     | PrefixHit
     | CacheUpdate

@@ -1,7 +1,14 @@
 """How many threads a worker computes with on a CPU. No torch: `pdengine up` divides the cores first."""
 
 import os
+from collections.abc import MutableMapping
 from pathlib import Path
+
+# About a millisecond of waiting for the next parallel region before a thread of GCC's OpenMP runtime sleeps:
+# longer than what Python does between two of them. Measured on two cores with 4 requests in flight: a ninth
+# more tokens per second than with the runtime's default of 300,000, with which a thread holds a core that the
+# router and the control thread need, and than with 8,000, with which threads sleep in the middle of a step.
+SPIN_COUNT = 60_000
 
 
 def usable_cores(root: Path = Path("/")) -> int:
@@ -18,6 +25,13 @@ def compute_threads(threads: int | None) -> int | None:
     if threads is not None:
         return threads
     return None if os.environ.get("OMP_NUM_THREADS") else usable_cores()
+
+
+def limit_spinning(environment: MutableMapping[str, str]) -> None:
+    """Let threads that wait for work spin for a while only. `environment` is that of this process, before it
+    loads torch; what it says of waiting already is left."""
+    if "OMP_WAIT_POLICY" not in environment:
+        environment.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
 
 
 def _quotas(root: Path) -> list[int]:

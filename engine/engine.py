@@ -9,7 +9,6 @@ second one runs. Commands are handled while no step runs: they may free blocks t
 
 import queue
 from collections.abc import Callable
-from itertools import islice
 from time import monotonic
 from typing import NamedTuple
 
@@ -31,23 +30,20 @@ from pdengine.engine.metrics import PullFailure, WorkerMetrics
 from pdengine.engine.pulls import Pull, Pulls
 from pdengine.engine.pushes import LoseWriter, Pushes, StartPushed
 from pdengine.engine.runner import Runner
-from pdengine.engine.scheduler import Chunk, Scheduler, Step
+from pdengine.engine.scheduler import Scheduler, Step
 from pdengine.engine.sequence import Mode, Sequence
+from pdengine.engine.step_extras import StepResult
 from pdengine.engine.step_limit import StepLimit
+from pdengine.engine.step_reports import StepReports
 from pdengine.models.prefix_hashes import unpack_hashes
 from pdengine.transport.messages import (
     EarlyPullDropped,
     EndPush,
-    KVLease,
     Load,
-    Prefilled,
     PrefixHit,
-    PromptProgress,
     PullEarly,
     Pulled,
     PushEnded,
-    StepTokens,
-    TokenUpdate,
     TransferStats,
     WorkFailed,
     WorkRefused,
@@ -92,16 +88,21 @@ class Engine:
         emit: Callable[[list[Event]], None],
         step_limit: StepLimit | None = None,
     ) -> None:
-        self._engine_id = engine_id
         self._scheduler = scheduler
         self._runner = runner
         self._pulls = pulls
         self._pushes = pushes
         self._eos_token_ids = eos_token_ids
-        self._lease_duration = lease_duration
         self._metrics = metrics
         self._emit = emit
         self._step_limit = step_limit
+        self._reports = StepReports(
+            engine_id=engine_id,
+            scheduler=scheduler,
+            pushes=pushes,
+            lease_duration=lease_duration,
+            metrics=metrics,
+        )
         self._cache_news = CacheNews(scheduler.pool)
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._events: list[Event] = []
@@ -177,23 +178,21 @@ class Engine:
         if not self._runner.is_asynchronous:
             self._tell()  # what is known already does not wait for the step
         started_at = monotonic()
-        read_tokens = self._runner.start(
-            step.chunks, self._pushes.write_after_layer(step.chunks), step.copies
-        )
+        read_step = self._runner.start(step.chunks, self._pushes.write_after_layer(step.chunks), step.copies)
         if self._runner.is_asynchronous:
             self._tell()  # the step does not wait for that either
-        token_ids = read_tokens()
-        self._finish(step, token_ids, monotonic() - started_at)
+        result = read_step()
+        self._finish(step, result, monotonic() - started_at)
 
-    def _finish(self, step: Step, token_ids: list[int], seconds: float) -> None:
-        """The step is computed, and `token_ids` were sampled: record it. `_tell` makes it known."""
+    def _finish(self, step: Step, result: StepResult, seconds: float) -> None:
+        """The step is computed: record it. `_tell` makes it known."""
         num_tokens = sum(chunk.num_tokens for chunk in step.chunks)
         num_prompt_tokens = sum(chunk.num_prompt_tokens for chunk in step.chunks)
         num_decodes = sum(chunk.num_tokens == 1 and chunk.samples for chunk in step.chunks)
         unfinished = [chunk for chunk in step.chunks if not chunk.samples]
-        self._report(self._scheduler.postprocess(step, token_ids, self._eos_token_ids))
-        self._report_progress(unfinished)
-        self._ended = _EndedStep(seconds, num_tokens, num_prompt_tokens, len(token_ids))
+        advanced = self._scheduler.postprocess(step, result.token_ids, self._eos_token_ids)
+        self._events += self._reports.events(step, result, advanced, unfinished)
+        self._ended = _EndedStep(seconds, num_tokens, num_prompt_tokens, len(advanced))
         if self._step_limit is not None:
             self._step_limit.observe(
                 num_prompt_tokens=num_tokens - num_decodes, num_decodes=num_decodes, seconds=seconds
@@ -240,60 +239,14 @@ class Engine:
             events, self._events = self._events, []
             self._emit(events)
 
-    def _report(self, advanced: list[Sequence]) -> None:
-        updates: list[TokenUpdate] = []
-        rest = iter(advanced)
-        for sequence in rest:
-            answers = [sequence]
-            if sequence.mode is Mode.PREFILL:
-                answers += islice(rest, len(sequence.siblings))
-            tokens = [_last_token(answer) for answer in answers]
-            for token in tokens:
-                if token.finish_reason is not None:
-                    self._metrics.request_ended(token.finish_reason)
-            if sequence.mode is Mode.PREFILL:
-                self._events.append(self._prefilled(sequence, tokens))
-            else:
-                updates += tokens
-        if updates:
-            self._events.append(StepTokens(updates))
-
-    def _prefilled(self, sequence: Sequence, tokens: list[TokenUpdate]) -> Prefilled:
-        lease = None
-        if any(token.finish_reason is None for token in tokens):
-            lease = self._grant_lease(sequence)
-        prefilled = Prefilled(sequence.request_id, sequence.attempt, tokens, lease)
-        return prefilled if sequence.push is None else self._pushes.finish_prompt(sequence.push, prefilled)
-
-    def _report_progress(self, chunks: list[Chunk]) -> None:
-        """Say which prompts for other workers have come further, so that they can be pulled early."""
-        for sequence, _ in chunks:
-            if sequence.mode is Mode.PREFILL and sequence.push is None:
-                lease = self._lease_of(sequence, len(sequence.token_ids))
-                self._events.append(
-                    PromptProgress(sequence.request_id, sequence.attempt, sequence.num_computed, lease)
-                )
-
-    def _grant_lease(self, sequence: Sequence) -> KVLease:
-        # Peers may read from here on: the step's tokens were read, so all its kernels have ended.
-        lease = self._lease_of(sequence, sequence.num_computed)
-        self._scheduler.lease(sequence)
-        self._metrics.request_ended("prefilled")
-        return lease
-
-    def _lease_of(self, sequence: Sequence, num_tokens: int) -> KVLease:
-        lease_id = self._scheduler.lease_id(sequence)
-        block_ids = list(sequence.block_ids)
-        return KVLease(lease_id, self._engine_id, block_ids, num_tokens, self._lease_duration)
-
     def _handle(self, command: Command) -> None:
         match command:
             case AddRequest(sequences):
                 self._add(sequences)
             case PullEarly():
                 self._pull_early(command)
-            case AbortRequest(request_id):
-                self._abort(request_id)
+            case AbortRequest(request_id, choices):
+                self._abort(request_id, choices)
             case AbortAll():
                 self._abort_all()
                 self._cache_news.start_anew()
@@ -352,8 +305,11 @@ class Engine:
         self._metrics.request_ended("refused")
         self._events.append(WorkRefused(sequence.request_id, sequence.attempt, reason))
 
-    def _abort(self, request_id: str) -> None:
+    def _abort(self, request_id: str, choices: frozenset[int] | None = None) -> None:
         sequences, pull = self._scheduler.find(request_id), self._pulls.early(request_id)
+        if choices is not None:
+            # What is pulled early is for all answers, and Decode names those that go on.
+            sequences, pull = [s for s in sequences if not s.give_up(choices)], None
         if sequences:
             self._metrics.request_ended("aborted")
         for sequence in sequences:
@@ -514,14 +470,3 @@ class Engine:
             waiting=len(scheduler.waiting),
             idle_blocks=scheduler.pool.num_idle,
         )
-
-
-def _last_token(sequence: Sequence) -> TokenUpdate:
-    return TokenUpdate(
-        sequence.request_id,
-        sequence.attempt,
-        sequence.choice,
-        sequence.num_output_tokens - 1,
-        sequence.token_ids[-1],
-        sequence.finish_reason,
-    )

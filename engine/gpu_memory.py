@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from msgspec.structs import replace
 
 from pdengine.engine.memory import MemoryPlan, format_bytes, kv_block_bytes
 from pdengine.engine.scheduler import Chunk
@@ -18,6 +19,8 @@ from pdengine.transport.messages import SamplingParams
 
 MAX_HIDDEN_SIZE, MAX_HEAD_DIM = 16384, 256  # of the kernels, which a worker on a CPU does not import
 TRIAL_BLOCKS = 16  # of the pool for the measurement
+DRAWN = SamplingParams(max_tokens=1, temperature=1.0, top_k=50, top_p=0.9, seed=0)
+SCORED = replace(DRAWN, logit_bias={0: 1.0}, logprobs=20, prompt_logprobs=20)  # all that takes memory
 
 
 @dataclass(frozen=True)
@@ -83,15 +86,16 @@ def largest_step(config: WorkerConfig, model: ModelConfig) -> list[Chunk]:
         more = min(left, longest - 1)
         sizes[index] += more
         left -= more
-    return _chunks(config, model, sizes)
+    return _chunks(config, model, sizes, SCORED)
 
 
-def _chunks(config: WorkerConfig, model: ModelConfig, sizes: list[int]) -> list[Chunk]:
+def _chunks(
+    config: WorkerConfig, model: ModelConfig, sizes: list[int], sampling: SamplingParams = DRAWN
+) -> list[Chunk]:
     """New tokens by sequence; a sequence with one is a decode of the longest context."""
     longest = model.max_position_embeddings
     decoded = [0] * longest  # the same list for all of them: a context can have millions of tokens
     block_ids = [index % TRIAL_BLOCKS for index in range(blocks_for(longest, config.block_size))]
-    sampling = SamplingParams(max_tokens=1, temperature=1.0, top_k=50, top_p=0.9, seed=0)
     chunks = []
     for size in sizes:
         token_ids = decoded if size == 1 else [0] * size

@@ -221,6 +221,8 @@ class Scheduler:
         """The blocks here that hold the KV cache of the sequence's first tokens."""
         if sequence.prefix is None or sequence.writer is not None or sequence.push is not None:
             return []  # what is pushed is written whole
+        if sequence.num_scored < sequence.num_prompt_tokens:
+            return []  # every token of the prompt is computed, because the next one is scored by it
         sequence.prefix.extend(sequence.token_ids)
         num_full = len(sequence.token_ids) // self.config.block_size
         return self.pool.find(sequence.prefix.blocks[:num_full])
@@ -288,7 +290,7 @@ class Scheduler:
                 self._name_blocks(sequence)
             if sequence.num_computed < len(sequence.token_ids):
                 continue
-            answers = [sequence, *sequence.siblings]
+            answers = sequence.answers
             for answer in answers:
                 answer.append(next(sampled), eos)
             advanced += answers

@@ -1,9 +1,11 @@
 """An answer inside the engine: its tokens, its blocks, and how far its KV cache has come."""
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 from enum import Enum
 
 from pdengine.engine.leases import BorrowedLease
+from pdengine.engine.logit_table import LogitTable, changes_logits
 from pdengine.models.prefix_hashes import PrefixHashes, unpack_hashes
 from pdengine.transport.messages import FinishReason, PushTarget, SamplingParams, Work
 
@@ -69,6 +71,22 @@ class Sequence:
     num_writable: int = 0  # as long as it has no more tokens, its blocks need not be looked at to write them
     was_preempted: bool = False  # at least once
     finish_reason: FinishReason | None = None
+    num_scored: int = field(init=False)  # leading tokens of the prompt that need no log probabilities
+    changes_logits: bool = field(init=False)
+    is_plain: bool = field(init=False)  # nothing is asked for but tokens, drawn from the model's own logits
+    logit_table: LogitTable | None = None  # made when it is needed first
+
+    def __post_init__(self) -> None:
+        sampling = self.sampling
+        scores_prompt = sampling.prompt_logprobs is not None and self.mode is not Mode.DECODE
+        self.num_scored = 1 if scores_prompt else self.num_prompt_tokens
+        self.changes_logits = changes_logits(sampling)
+        self.is_plain = not (self.changes_logits or scores_prompt or sampling.logprobs is not None)
+
+    @property
+    def answers(self) -> list["Sequence"]:
+        """It and its siblings."""
+        return [self, *self.siblings]
 
     @property
     def num_output_tokens(self) -> int:
@@ -100,17 +118,33 @@ class Sequence:
         """Take the next token of the answer and see whether it is the last one."""
         sampling = self.sampling
         self.token_ids.append(token_id)
-        if token_id in sampling.stop_token_ids or (token_id in eos_token_ids and not sampling.ignore_eos):
+        ends = token_id in sampling.stop_token_ids or (token_id in eos_token_ids and not sampling.ignore_eos)
+        if ends and self.num_output_tokens > sampling.min_tokens:
             self.finish_reason = "stop"
         elif len(self.token_ids) - self.num_prompt_tokens >= sampling.max_tokens:
             self.finish_reason = "length"
+
+    def give_up(self, choices: Container[int]) -> bool:
+        """Drop these of its answers, its own or siblings'. Returns whether any is left.
+
+        If its own is dropped alone, the first of the others takes its place, and with it the blocks: they
+        hold the prompt, which is the same.
+        """
+        left = [answer for answer in self.answers if answer.choice not in choices]
+        if not left:
+            return False
+        first, *self.siblings = left
+        if first is not self:
+            self.choice, self.token_ids = first.choice, first.token_ids
+            self.prefix, self.logit_table = first.prefix, first.logit_table
+        return True
 
 
 def sequences_of(work: Work, mode: Mode, *, block_size: int, may_wait: bool = True) -> list[Sequence]:
     """The answers that `work` asks for: one sequence, with the others as its siblings.
 
     Only where a whole request is taken up in the middle, the answers differ already: then each is a sequence
-    of its own, and what they share is found in the prefix cache.
+    of its own, and computes the prompt for itself, but for what the prefix cache had before.
     """
     names = work.prefix
     blocks = [] if names is None else unpack_hashes(names.blocks)
@@ -129,6 +163,8 @@ def sequences_of(work: Work, mode: Mode, *, block_size: int, may_wait: bool = Tr
         )
         for choice in work.choices
     ]
+    for sequence in sequences[1:]:
+        sequence.num_scored = sequence.num_prompt_tokens  # the first one scores the prompt for all
     if mode is Mode.WHOLE and any(choice.output_ids for choice in work.choices):
         return sequences
     leader, *leader.siblings = sequences

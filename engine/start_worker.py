@@ -45,30 +45,46 @@ from pdengine.engine.scheduler import Scheduler, SchedulerConfig
 from pdengine.engine.step_limit import StepLimit
 from pdengine.engine.worker import Worker, WorkerParts
 from pdengine.engine.worker_config import StartupError, WorkerConfig
+from pdengine.engine.worker_keys import WorkerKeys
 from pdengine.models.config import ModelConfig, load_config
 from pdengine.models.decoder import Decoder
 from pdengine.models.fingerprint import model_fingerprint, weights_fingerprint
 from pdengine.models.weights import load_decoder
 from pdengine.transport.messages import PROTOCOL_VERSION, Compatibility, PeerDescriptor, PeerRequest
-from pdengine.transport.sockets import ServerSocket, check_address, split_tcp_address
+from pdengine.transport.service_manager import ServiceManager, serving
+from pdengine.transport.sockets import ServerSocket, check_address, check_exposure, split_tcp_address
 from pdengine.transport.transfer import TransferEvent
 from pdengine.transport.two_path_transfer import TwoPathTransfer
 from pdengine.transport.ucx_loop import WARM_UP_BYTES
 from pdengine.transport.ucx_transfer import CudaPool
+from pdengine.triton_kernels.openmp import end_threads
 from pdengine.triton_kernels.vector_code import has_bf16_dot_product
 
 logger = logging.getLogger(__name__)
 
+MAX_PEER_MESSAGE_BYTES = 2**20  # between workers go the ids of leases
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def run_worker(config: WorkerConfig, *, progress: Callable[[int, int], None] | None = None) -> None:
-    """Run a worker until SIGTERM or SIGINT. `progress(done, total)`: bytes of weights loaded.
+def run_worker(
+    config: WorkerConfig,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    service: ServiceManager | None = None,
+) -> None:
+    """Run a worker until SIGTERM or SIGINT.
 
-    Raises StartupError, CheckpointError, AddressError or TransferError, one sentence each, if it cannot
-    start; WorkerDied if it breaks later.
+    `progress(done, total)`: bytes of weights loaded. service: is told when the worker serves, and fed while
+    its engine loop turns.
+
+    Raises StartupError, CheckpointError, AddressError, KeysError or TransferError, one sentence each, if it
+    cannot start; WorkerDied if it breaks later.
     """
     check_address(config.router_address)
+    for option, address in (("--bind", config.bind_address), ("--advertise", config.advertise_address)):
+        if address is not None:
+            has_keys = config.keys is not None
+            check_exposure(option, address, has_keys=has_keys, insecure=config.insecure)
     model_config = load_config(config.model_directory)
     dtype = DTYPES[config.dtype or model_config.dtype]
     device = open_device(config.device)
@@ -79,7 +95,13 @@ def run_worker(config: WorkerConfig, *, progress: Callable[[int, int], None] | N
     if config.metrics_address is not None:
         logger.info("metrics on %s/metrics", MetricsServer(config.metrics_address, metrics).url)
     context = zmq.asyncio.Context()
-    peer_server = ServerSocket[PeerRequest](context, PeerRequest)
+    keys = WorkerKeys(context, config.keys) if config.keys is not None else None
+    peer_server = ServerSocket[PeerRequest](
+        context,
+        PeerRequest,
+        keys=keys.to_serve() if keys is not None else None,
+        max_message_bytes=MAX_PEER_MESSAGE_BYTES,
+    )
     control_address = _advertised(peer_server.bind(config.bind_address), config.advertise_address)
 
     # The threads below call each other; every name is bound before the first of them has work.
@@ -107,6 +129,8 @@ def run_worker(config: WorkerConfig, *, progress: Callable[[int, int], None] | N
         ucx=transfer.version,
     )
     model, kv_cache = load_model(config, model_config, device, progress=progress)
+    if device.type == "cpu":
+        end_threads()  # this thread computes no more; those of the engine's thread shall not share with them
     num_blocks = len(kv_cache.pool)
     descriptor = PeerDescriptor(
         engine_id=uuid4().hex,
@@ -114,6 +138,7 @@ def run_worker(config: WorkerConfig, *, progress: Callable[[int, int], None] | N
         control_address=control_address,
         transfer_address=transfer.worker_address,
         region=transfer.register(kv_cache.describe(), kv_cache.memory),
+        public_key=keys.public_key if keys is not None else "",
     )
     pool = BlockPool(num_blocks)
     scheduler = Scheduler(scheduler_config(config, num_blocks), pool)
@@ -145,9 +170,10 @@ def run_worker(config: WorkerConfig, *, progress: Callable[[int, int], None] | N
             engine=engine,
             metrics=metrics,
             died=died,
+            keys=keys,
         )
     )
-    asyncio.run(_serve(worker))
+    asyncio.run(_serve(worker, engine, service or ServiceManager()))
     context.destroy()
 
 
@@ -217,11 +243,21 @@ def _cuda_pool(device: torch.device) -> CudaPool | None:
     return CudaPool(context.make_current, context.allocate(WARM_UP_BYTES))  # in use until the process ends
 
 
-async def _serve(worker: Worker) -> None:
+async def _serve(worker: Worker, engine: Engine, service: ServiceManager) -> None:
+    """A worker that waits for its router is ready, too: it serves as soon as there is one."""
+
+    def stop() -> None:
+        service.stopping()
+        worker.stop()
+
+    def status() -> str:
+        return worker.why_not_ready() or "serving"
+
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, worker.stop)
-    await worker.run()
+        loop.add_signal_handler(number, stop)
+    async with serving(service, status=status, loop_age=engine.step_age):
+        await worker.run()
 
 
 def scheduler_config(config: WorkerConfig, num_blocks: int) -> SchedulerConfig:

@@ -26,15 +26,18 @@ from pdengine.engine.commands import (
     FreeLease,
     LeaseUnneeded,
     LoseLease,
-    Report,
     Stop,
 )
 from pdengine.engine.engine import Engine
 from pdengine.engine.leases import BorrowedLease, BorrowedLeases, GrantedLeases
 from pdengine.engine.metrics import WorkerMetrics
+from pdengine.engine.open_answers import OpenAnswers
 from pdengine.engine.pushes import LoseWriter, StartPushed, UnwantedPush
+from pdengine.engine.request_log import RequestRecord
 from pdengine.engine.sequence import Mode, Push, Sequence, blocks_for, sequences_of
 from pdengine.engine.worker_config import StartupError
+from pdengine.engine.worker_keys import WorkerKeys
+from pdengine.transport.keys import KeysError
 from pdengine.transport.messages import (
     Abort,
     Compatibility,
@@ -61,7 +64,6 @@ from pdengine.transport.messages import (
     PrefillAndDecode,
     Prefilled,
     PullEarly,
-    Pushed,
     PushEnded,
     PushTarget,
     Refused,
@@ -69,14 +71,18 @@ from pdengine.transport.messages import (
     RenewLeases,
     Reserve,
     RouterToWorker,
-    StepTokens,
-    TokenUpdate,
     Welcome,
     Work,
     WorkFailed,
-    WorkRefused,
 )
-from pdengine.transport.sockets import PeerSocket, SendFailed, ServerSocket
+from pdengine.transport.sockets import (
+    IN_VAIN,
+    REFUSED,
+    PeerSocket,
+    SendFailed,
+    ServerSocket,
+    watch_handshakes,
+)
 from pdengine.transport.transfer import PeerConnected, PeerFailed, PushTransfer
 
 logger = logging.getLogger(__name__)
@@ -109,6 +115,7 @@ class WorkerParts:
     engine: Engine
     metrics: WorkerMetrics
     died: "Future[None]"  # gets the exception of a thread that dies
+    keys: WorkerKeys | None = None
 
 
 @dataclass(eq=False)
@@ -134,7 +141,11 @@ class Worker:
         self._transfer = parts.transfer
         self._engine_id = parts.descriptor.engine_id
         self._router = PeerSocket[RouterToWorker](
-            parts.context, parts.router_address, RouterToWorker, only_when_connected=True
+            parts.context,
+            parts.router_address,
+            RouterToWorker,
+            keys=parts.keys.to_router() if parts.keys is not None else None,
+            only_when_connected=True,
         )
         self._epoch: str | None = None
         self._heartbeat_interval = HELLO_SECONDS
@@ -145,8 +156,7 @@ class Worker:
         # Told until its writer answers; one that is not met again by the deadline is taken for dead.
         self._unwanted_pushes: dict[EndPush, tuple[str, float]] = {}
         self._ends_awaited: dict[EndPush, bytes] = {}  # -> who waits for PushEnded
-        # Answers, by request, that were posted to the engine and have not ended.
-        self._in_engine: dict[str, set[int]] = {}
+        self._open = OpenAnswers()
         self._peers: dict[str, Peer] = {}
         self._stopping = asyncio.Event()
         self._stop_now = asyncio.Event()
@@ -170,7 +180,11 @@ class Worker:
             self._tick(),
             self._drain_when_asked(),
             self._raise_when_dead(),
+            watch_handshakes(lambda: {"workers": self._parts.peer_server}, REFUSED),
+            watch_handshakes(self._connections, IN_VAIN),
         ]
+        if self._parts.keys is not None:
+            loops += [self._parts.keys.run()]
         tasks = [asyncio.create_task(loop) for loop in loops]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -187,6 +201,8 @@ class Worker:
             self._send_to_router(Left())  # from now on nothing of this worker's is on its way
             self._router.close()
             self._parts.peer_server.close()
+            if self._parts.keys is not None:
+                self._parts.keys.close()
             engine_thread.join(timeout=5)
 
     def stop(self) -> None:
@@ -241,9 +257,12 @@ class Worker:
                 continue
 
     def _is_idle(self) -> bool:
-        return not (self._in_engine or len(self._granted) or len(self._borrowed))
+        return not (len(self._open) or len(self._granted) or len(self._borrowed))
 
     # ---------------------------------------------------------------------------------- router
+
+    def _connections(self) -> dict[str, PeerSocket[Any]]:
+        return {"the router": self._router, **{name: peer.socket for name, peer in self._peers.items()}}
 
     def _send_to_router(self, message: Message) -> None:
         try:
@@ -300,8 +319,8 @@ class Worker:
                     self._take_leased(work, lease)
                 case Decode(work):
                     self._decode_pushed(work)
-                case Abort(request_id):
-                    self._abort(request_id)
+                case Abort(request_id, choices):
+                    self._abort(request_id, choices)
                 case RenewLeases():
                     self._send_to_router(self._renew(message))
                 case ReleaseLeases(lease_ids):
@@ -317,7 +336,7 @@ class Worker:
         self._epoch = welcome.epoch
         self._heartbeat_interval = welcome.heartbeat_interval
         self._engine.post(AbortAll())
-        self._in_engine.clear()
+        self._open.clear()
         # Where the new router moves the KV cache the other way, every connection is the wrong one.
         current = {peer.engine_id for peer in welcome.peers if welcome.pushes == self._pushes}
         self._pushes = welcome.pushes
@@ -353,8 +372,10 @@ class Worker:
         self._take([sequence])
 
     def _start(self, sequences: list[Sequence]) -> None:
-        answers = {answer.choice for sequence in sequences for answer in (sequence, *sequence.siblings)}
-        self._in_engine[sequences[0].request_id] = answers
+        choices = [answer.choice for sequence in sequences for answer in sequence.answers]
+        leader = sequences[0]
+        record = RequestRecord(leader.request_id, leader.attempt, leader.mode, leader.num_prompt_tokens)
+        self._open.begin(record, choices)
         self._engine.post(AddRequest(sequences))
 
     def _take_leased(self, work: Work, lease: KVLease) -> None:
@@ -372,7 +393,8 @@ class Worker:
         self._renew_borrowed()
 
     def _decode_pushed(self, work: Work) -> None:
-        self._in_engine[work.request_id] = {choice.index for choice in work.choices}
+        record = RequestRecord(work.request_id, work.attempt, Mode.DECODE, len(work.prompt_ids))
+        self._open.begin(record, [choice.index for choice in work.choices])
         self._engine.post(StartPushed(work))
 
     def _pull_early(self, news: PullEarly) -> None:
@@ -409,9 +431,9 @@ class Worker:
             return refuse(f"lease {lease.lease_id} does not cover the tokens of the request", retry=True)
         return None
 
-    def _abort(self, request_id: str) -> None:
-        self._in_engine.pop(request_id, None)
-        self._engine.post(AbortRequest(request_id))
+    def _abort(self, request_id: str, choices: list[int] | None) -> None:
+        self._open.give_up(request_id, choices)
+        self._engine.post(AbortRequest(request_id, None if choices is None else frozenset(choices)))
 
     def _handle_events(self, events: list[Event]) -> None:
         for event in events:
@@ -438,30 +460,10 @@ class Worker:
                         self._peers[engine_id].lanes = ""
                         self._peers[engine_id].reconnect_at = monotonic() + RECONNECT_SECONDS
                 case _:
-                    self._note(event)
+                    if isinstance(event, Prefilled) and event.lease is not None:
+                        self._granted.grant(event.lease.lease_id, monotonic())
+                    self._open.note(event)
                     self._send_to_router(event)
-
-    def _note(self, event: Report) -> None:
-        """Keep account of granted leases and of requests that end."""
-        match event:
-            case Prefilled(request_id, lease=lease, pushed=pushed):
-                if lease is not None:
-                    self._granted.grant(lease.lease_id, monotonic())
-                if not pushed:  # else its blocks are still being written to another worker
-                    self._in_engine.pop(request_id, None)
-            case StepTokens(updates):
-                for update in updates:
-                    if update.finish_reason is not None:
-                        self._end_answer(update)
-            case WorkFailed(request_id) | WorkRefused(request_id) | Pushed(request_id):
-                self._in_engine.pop(request_id, None)
-
-    def _end_answer(self, update: TokenUpdate) -> None:
-        """A request has ended here when all of its answers have."""
-        answers = self._in_engine.get(update.request_id, set())
-        answers.discard(update.choice)
-        if not answers:
-            self._in_engine.pop(update.request_id, None)
 
     # ----------------------------------------------------------------- leases granted to others
 
@@ -560,7 +562,12 @@ class Worker:
             if known.lanes:  # a new router does not know that this worker is connected already
                 self._send_to_router(PeerLink(descriptor.engine_id, lanes=known.lanes))
             return
-        socket = PeerSocket[PeerReply](self._parts.context, descriptor.control_address, PeerReply)
+        try:
+            keys = self._parts.keys.to_peer(descriptor) if self._parts.keys is not None else None
+        except KeysError as error:
+            self._send_to_router(PeerLink(descriptor.engine_id, error=str(error)))
+            return
+        socket = PeerSocket[PeerReply](self._parts.context, descriptor.control_address, PeerReply, keys=keys)
         receiver = asyncio.create_task(self._receive_from_peer(descriptor.engine_id, socket))
         self._peers[descriptor.engine_id] = Peer(descriptor, socket, receiver)
         self._connect_transfer(descriptor)

@@ -30,7 +30,9 @@ class WorkerConfig:
     in flight. metrics_address: HOST:PORT of metrics and probes, if any. same_host: how the KV cache moves to
     and from workers on this host. max_step_ms: prompts are computed in chunks so small that a step hardly
     takes longer, in milliseconds; None is no limit. threads: that compute on a CPU; None is OMP_NUM_THREADS,
-    or else one for each core that the process may use.
+    or else one for each core that the process may use. keys: the worker's file of keys, or a directory that
+    has it (transport/keys.py); None: whoever can connect is taken for a worker, and the addresses must be on
+    loopback unless `insecure`.
     """
 
     role: Role
@@ -53,6 +55,8 @@ class WorkerConfig:
     metrics_address: str | None = None
     same_host: SameHost = "mapping"
     max_step_ms: float | None = None
+    keys: Path | None = None
+    insecure: bool = False
 
     @property
     def is_on_gpu(self) -> bool:

@@ -15,7 +15,7 @@ from pdengine.models.config import ModelConfig
 from pdengine.models.rope import inverse_frequencies, rope_cos_sin
 from pdengine.triton_kernels.attention import AttentionBatch
 from pdengine.triton_kernels.cpu_kernels import CpuKernels
-from pdengine.triton_kernels.cpu_layers import MAX_TOKENS, CpuLayers, LayerWeights, can_fuse
+from pdengine.triton_kernels.cpu_layers import MAX_TOKENS, CpuLayers, Edges, LayerWeights, can_fuse
 from pdengine.triton_kernels.kernels import Kernels, kernels_for
 from pdengine.triton_kernels.packed_linear import PackedLinear
 
@@ -102,9 +102,20 @@ class Decoder(nn.Module):
             self.packed_embedding = PackedLinear(self.embed_tokens.weight, None)
         weights = [layer.packed_weights() for layer in self.layers if isinstance(layer, DecoderLayer)]
         config = self.config
-        if isinstance(self.kernels, CpuKernels) and can_fuse(weights, config.hidden_size, self.dtype):
+        head = self.packed_embedding if self.lm_head is None else self.lm_head.packed_weight()
+        assert head is not None
+        has_head = head.own_rows >= MAX_TOKENS
+        if (
+            has_head
+            and isinstance(self.kernels, CpuKernels)
+            and can_fuse(weights, config.hidden_size, self.dtype)
+        ):
+            frequencies = self.inverse_frequencies.contiguous()
+            edges = Edges(
+                self.embed_tokens.weight, self.norm.weight, head, frequencies, config.rope.attention_factor
+            )
             self.fused_layers = CpuLayers(
-                weights, config.num_heads, config.head_dim, config.rms_norm_eps, self.dtype
+                weights, edges, config.num_heads, config.head_dim, config.rms_norm_eps, self.dtype
             )
 
 

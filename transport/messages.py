@@ -6,10 +6,10 @@ durations: no clock reading ever crosses the wire.
 
     any     -> sender   Malformed
     client  -> router   Generate, Cancel, Inquire, GetStatus
-    router  -> client   Accepted, Delta, Status, and one Outcome per request
+    router  -> client   Accepted, PromptLogprobs, Deltas, Status, and one Outcome per request
     worker  -> router   Hello, Heartbeat, Leaving, Left, PeerLink, PromptProgress, EarlyPullDropped,
-                        Prefilled, PrefixHit, CacheUpdate, DecodeAccepted, Pulled, Reserved, Pushed,
-                        StepTokens, WorkRefused, WorkFailed, LeasesRenewed
+                        PromptScored, Prefilled, PrefixHit, CacheUpdate, DecodeAccepted, Pulled, Reserved,
+                        Pushed, StepTokens, WorkRefused, WorkFailed, LeasesRenewed
     router  -> worker   Welcome, Refused, HeartbeatReply, PeerJoined, PeerLeft, Prefill, PullEarly, Reserve,
                         Decode, PrefillAndDecode, Abort, RenewLeases, ReleaseLeases
     decode  -> prefill  RenewLeases, ReleaseLeases, EndPush
@@ -22,9 +22,12 @@ import msgspec
 
 from pdengine.transport.regions import RegionDescriptor
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 PREFIX_TAG_BYTES = 8
+# Far above what anybody asks for. Checked before a list is read: a hostile message costs the router little.
+MAX_LIST = 2**16
+MAX_PROMPT_TOKENS = 2**22
 
 Role = Literal["prefill", "decode", "unified"]
 FinishReason = Literal["stop", "length"]
@@ -52,6 +55,16 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     seed: noise is a function of (seed, position). The router draws one where the client gave none.
     stop_token_ids: end after any of these, in addition to the model's end-of-sequence tokens.
     ignore_eos: do not end at the model's end-of-sequence tokens.
+    min_tokens: write at least so many before anything but max_tokens may end the answer.
+    presence_penalty, frequency_penalty: what is taken off the logit of a token that the answer has already,
+        once, and for each time that it has it.
+    repetition_penalty: the logit of a token that prompt or answer have is divided by it if it is positive,
+        else multiplied (CTRL, arXiv 1909.05858); 1 is none.
+    logit_bias: token id to what is added to its logit. Bias, penalties and min_tokens come before the
+        temperature.
+    logprobs: tell the log probability of each token of the answer, and of so many of the likeliest ones; None
+        tells none. They are the model's own: before bias, penalties and temperature.
+    prompt_logprobs: the same of each token of the prompt but the first.
     """
 
     max_tokens: int = 16
@@ -60,8 +73,27 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: Annotated[tuple[int, ...], msgspec.Meta(max_length=MAX_LIST)] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Annotated[dict[int, float], msgspec.Meta(max_length=MAX_LIST)] = {}
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """What the model thought of one token.
+
+    rank: 1 is the likeliest token of the vocabulary. top: the likeliest tokens and their log probabilities,
+    in falling order; as many as were asked for.
+    """
+
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
 
 
 class TextPrompt(msgspec.Struct, frozen=True, tag="text"):
@@ -69,7 +101,7 @@ class TextPrompt(msgspec.Struct, frozen=True, tag="text"):
 
 
 class TokenPrompt(msgspec.Struct, frozen=True, tag="tokens"):
-    token_ids: list[int]
+    token_ids: Annotated[list[int], msgspec.Meta(max_length=MAX_PROMPT_TOKENS)]
 
 
 class ChatMessage(msgspec.Struct, frozen=True):
@@ -78,7 +110,7 @@ class ChatMessage(msgspec.Struct, frozen=True):
 
 
 class ChatPrompt(msgspec.Struct, frozen=True, tag="chat"):
-    messages: list[ChatMessage]
+    messages: Annotated[list[ChatMessage], msgspec.Meta(max_length=MAX_LIST)]
 
 
 Prompt = TextPrompt | TokenPrompt | ChatPrompt
@@ -171,6 +203,7 @@ class Generate(Message, frozen=True):
     priority: lower is more urgent. Requests of one priority are served in the order of their arrival.
     cache_salt: the KV cache of a prompt is shared among requests of one salt only, so that nobody else can
         tell by the time of an answer what was asked before.
+    stop: end an answer where any of these comes up in its text, which ends before it.
     """
 
     tag: int
@@ -180,6 +213,7 @@ class Generate(Message, frozen=True):
     n: int = 1
     priority: int = 0
     cache_salt: str = ""
+    stop: Annotated[tuple[str, ...], msgspec.Meta(max_length=MAX_LIST)] = ()
 
 
 class Cancel(Message, frozen=True):
@@ -202,15 +236,32 @@ class Accepted(Message, frozen=True):
     prompt_tokens: int
 
 
-class Delta(Message, frozen=True):
-    """New tokens of answer `index`, and the text that they complete; text may lag tokens by part of a
-    character. finish_reason: with the last one of each answer."""
+class PromptLogprobs(Message, frozen=True):
+    """Of each token of the prompt but the first. Comes before the first Delta."""
+
+    tag: int
+    logprobs: list[TokenLogprobs]
+
+
+class Delta(msgspec.Struct, frozen=True, array_like=True):
+    """New tokens of answer `index` to request `tag`, and the text that they complete.
+
+    text: may lag the tokens by part of a character, or by what a stop string may begin with. finish_reason:
+    with the last one of each answer. logprobs: of each of `token_ids`, if they were asked for.
+    """
 
     tag: int
     text: str
     token_ids: list[int]
     index: int = 0
     finish_reason: FinishReason | None = None
+    logprobs: list[TokenLogprobs] | None = None
+
+
+class Deltas(Message, frozen=True):
+    """What one engine step wrote for one client, of all its requests."""
+
+    deltas: list[Delta]
 
 
 class Finished(Message, frozen=True):
@@ -239,8 +290,11 @@ class Aborted(Message, frozen=True):
 
 
 class Failed(Message, frozen=True):
+    """retry: another router, or this one later, may do it."""
+
     tag: int
     reason: str
+    retry: bool = False
 
 
 Outcome = Finished | Rejected | Aborted | Failed
@@ -272,7 +326,9 @@ class Status(Message, frozen=True):
 
 
 ClientToRouter = Generate | Cancel | Inquire | GetStatus
-RouterToClient = Accepted | Delta | Finished | Rejected | Aborted | Failed | Malformed | Status
+RouterToClient = (
+    Accepted | PromptLogprobs | Deltas | Finished | Rejected | Aborted | Failed | Malformed | Status
+)
 
 
 # ------------------------------------------------------------------------------------- worker <-> router
@@ -296,13 +352,17 @@ class Compatibility(msgspec.Struct, frozen=True):
 
 
 class PeerDescriptor(msgspec.Struct, frozen=True):
-    """How other workers reach a worker: its control address, its transfer address and its pool."""
+    """How other workers reach a worker: its control address, its transfer address and its pool.
+
+    public_key: what the control address proves itself with (CURVE, Z85); empty in a cluster without keys.
+    """
 
     engine_id: str
     role: Role
     control_address: str
     transfer_address: bytes
     region: RegionDescriptor
+    public_key: str = ""
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -432,6 +492,18 @@ class CacheUpdate(Message, frozen=True):
     reset: bool = False
 
 
+class PromptScored(Message, frozen=True):
+    """Log probabilities of the tokens of the prompt from `position` on. The first token, 0, has none.
+
+    All of them come before the first token of the answer, in order; after a preemption none comes again.
+    """
+
+    request_id: str
+    attempt: int
+    position: int
+    logprobs: list[TokenLogprobs]
+
+
 class TokenUpdate(msgspec.Struct, frozen=True, array_like=True):
     """choice: index of the answer. position: of the token, counted from the first token of the answer."""
 
@@ -441,6 +513,7 @@ class TokenUpdate(msgspec.Struct, frozen=True, array_like=True):
     position: int
     token_id: TokenId
     finish_reason: FinishReason | None
+    logprobs: TokenLogprobs | None = None
 
 
 class StepTokens(Message, frozen=True):
@@ -555,7 +628,10 @@ class PrefillAndDecode(Message, frozen=True):
 
 
 class Abort(Message, frozen=True):
+    """choices: the answers to give up; None: the whole request, and all that is held for it."""
+
     request_id: str
+    choices: list[int] | None = None
 
 
 class RenewLeases(Message, frozen=True):
@@ -599,6 +675,7 @@ WorkerToRouter = (
     | PeerLink
     | PromptProgress
     | EarlyPullDropped
+    | PromptScored
     | Prefilled
     | PrefixHit
     | CacheUpdate

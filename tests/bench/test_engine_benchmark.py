@@ -30,8 +30,9 @@ from pdengine.bench.transfer_report import PlotUnavailable
 from pdengine.cli.main import main
 from pdengine.engine.kv_cache import KVCache
 from pdengine.engine.memory import weight_bytes
-from pdengine.engine.runner import ReadTokens, Runner
+from pdengine.engine.runner import ReadStep, Runner
 from pdengine.engine.scheduler import BlockCopy, Chunk, SchedulerConfig
+from pdengine.engine.step_extras import StepResult
 from pdengine.models.config import ModelConfig, RopeConfig, load_config
 from pdengine.models.demo.facts import checkpoint_directory
 
@@ -141,10 +142,10 @@ class RecordingRunner(Runner):
         chunks: Sequence_[Chunk],
         after_layer: Callable[[int], None] | None = None,
         copies: Sequence_[BlockCopy] = (),
-    ) -> ReadTokens:
+    ) -> ReadStep:
         self.steps.append(list(chunks))
         token_ids = [0 for chunk in chunks if chunk.samples]
-        return lambda: token_ids
+        return lambda: StepResult(token_ids)
 
 
 def test_a_step_has_the_sequences_that_it_is_counted_for() -> None:

@@ -20,9 +20,10 @@ from pdengine.engine.leases import BorrowedLease
 from pdengine.engine.metrics import WorkerMetrics
 from pdengine.engine.pulls import Pulls
 from pdengine.engine.pushes import Pushes
-from pdengine.engine.runner import ReadTokens, Runner
+from pdengine.engine.runner import ReadStep, Runner
 from pdengine.engine.scheduler import BlockCopy, Chunk, Scheduler, SchedulerConfig
 from pdengine.engine.sequence import Mode, Sequence, sequences_of
+from pdengine.engine.step_extras import StepResult
 from pdengine.transport.memory_transfer import Fabric, MemoryTransfer
 from pdengine.transport.messages import (
     PREFIX_TAG_BYTES,
@@ -113,7 +114,7 @@ class TokenRunner(Runner):
         chunks: Sequence_[Chunk],
         after_layer: Callable[[int], None] | None = None,
         copies: Sequence_[BlockCopy] = (),
-    ) -> ReadTokens:
+    ) -> ReadStep:
         """As on a GPU the pool is read and written between this and the reading of the tokens, unless a
         layer is waited for; what the engine does to the sequences in between makes no difference."""
         step = [_compute_later(self.pool, chunk) for chunk in chunks]
@@ -135,9 +136,9 @@ class TokenRunner(Runner):
             return token_ids
 
         if self.is_asynchronous and after_layer is None:
-            return read_tokens
+            return lambda: StepResult(read_tokens())
         token_ids = read_tokens()
-        return lambda: token_ids
+        return lambda: StepResult(token_ids)
 
 
 def _compute_later(pool: npt.NDArray[np.int64], chunk: Chunk) -> Callable[[], list[int]]:
@@ -173,6 +174,7 @@ class EngineWorker:
         max_batch_tokens: int = 8,
         max_requests: int = 8,
         pull_seconds: float = DEADLINE_SECONDS,
+        eos_token_ids: frozenset[int] = frozenset(),
     ) -> None:
         self.engine_id = engine_id
         self.block_size = block_size
@@ -190,7 +192,7 @@ class EngineWorker:
             runner=runner,
             pulls=self.pulls,
             pushes=self.pushes,
-            eos_token_ids=frozenset(),
+            eos_token_ids=eos_token_ids,
             lease_duration=LEASE_SECONDS,
             metrics=self.metrics,
             emit=self._take_events,
@@ -305,8 +307,9 @@ class EngineWorker:
             PullEarly(progress.request_id, progress.attempt, progress.num_tokens, progress.lease, prefix)
         )
 
-    def abort(self, request_id: str) -> None:
-        self.engine.post(AbortRequest(request_id))
+    def abort(self, request_id: str, *choices: int) -> None:
+        """Without choices all of them."""
+        self.engine.post(AbortRequest(request_id, frozenset(choices) or None))
 
     def abort_all(self) -> None:
         self.engine.post(AbortAll())

@@ -31,11 +31,13 @@ def make_work(
     priority: int = 0,
     salt: str | None = None,
     block_size: int = BLOCK_SIZE,
+    sampling: SamplingParams | None = None,
 ) -> Work:
-    """Greedy. salt: of the prefix cache; None is without it."""
-    sampling = SamplingParams(
-        max_tokens=max_tokens, temperature=0.0, stop_token_ids=stop_token_ids, ignore_eos=ignore_eos
-    )
+    """Greedy, unless `sampling` is given. salt: of the prefix cache; None is without it."""
+    if sampling is None:
+        sampling = SamplingParams(
+            max_tokens=max_tokens, temperature=0.0, stop_token_ids=stop_token_ids, ignore_eos=ignore_eos
+        )
     prefix = None if salt is None else names_of(prompt_ids, salt=salt, block_size=block_size)
     return Work(request_id, attempt, list(prompt_ids), list(choices), sampling, priority, prefix)
 
@@ -56,8 +58,9 @@ def make_sequence(
     priority: int = 0,
     salt: str | None = None,
     block_size: int = BLOCK_SIZE,
+    sampling: SamplingParams | None = None,
 ) -> Sequence:
-    """A greedy sequence, with `n` - 1 siblings that begin with the same tokens."""
+    """Greedy unless `sampling` is given, with `n` - 1 siblings that begin with the same tokens."""
     work = make_work(
         request_id,
         prompt_ids,
@@ -69,6 +72,7 @@ def make_sequence(
         priority=priority,
         salt=salt,
         block_size=block_size,
+        sampling=sampling,
     )
     sequence = sequences_of(work, mode, block_size=block_size, may_wait=may_wait)[0]
     sequence.lease = lease

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pdengine.engine.cpu_threads import compute_threads, usable_cores
+from pdengine.engine.cpu_threads import SPIN_COUNT, compute_threads, limit_spinning, usable_cores
 
 
 @pytest.fixture(autouse=True)
@@ -61,3 +61,13 @@ def test_the_option_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -
     assert compute_threads(None) is None
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert compute_threads(None) == usable_cores()
+
+
+def test_what_the_environment_says_of_waiting_is_left() -> None:
+    plain: dict[str, str] = {}
+    limit_spinning(plain)
+    assert plain == {"GOMP_SPINCOUNT": str(SPIN_COUNT)}
+    for said in ({"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "passive"}):
+        environment = dict(said)
+        limit_spinning(environment)
+        assert environment == said

@@ -11,8 +11,9 @@ from engine_worker import TokenRunner, answer_to
 
 from pdengine.engine.commands import Event
 from pdengine.engine.engine import Engine
-from pdengine.engine.runner import ReadTokens
+from pdengine.engine.runner import ReadStep
 from pdengine.engine.scheduler import BlockCopy, Chunk
+from pdengine.engine.step_extras import StepResult
 from pdengine.transport.messages import StepTokens
 
 
@@ -55,20 +56,20 @@ def test_a_gpu_gets_its_step_before_the_last_one_is_reported(
 def note_order(runner: TokenRunner, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """start, read: of a step. tell: what was told."""
     notes: list[str] = []
-    start_step: Callable[..., ReadTokens] = runner.start
+    start_step: Callable[..., ReadStep] = runner.start
     emit = engine._emit
 
     def start(
         chunks: Sequence_[Chunk],
         after_layer: Callable[[int], None] | None = None,
         copies: Sequence_[BlockCopy] = (),
-    ) -> ReadTokens:
+    ) -> ReadStep:
         notes.append("start")
-        read_tokens = start_step(chunks, after_layer, copies)
+        read_step = start_step(chunks, after_layer, copies)
 
-        def read() -> list[int]:
+        def read() -> StepResult:
             notes.append("read")
-            return read_tokens()
+            return read_step()
 
         return read
 

@@ -9,7 +9,7 @@ import pytest
 from sequences import make_work
 from worker_bench import BLOCK_SIZE, Bench
 
-from pdengine.engine.commands import AbortAll, AddRequest, Event
+from pdengine.engine.commands import AbortAll, AbortRequest, AddRequest, Event
 from pdengine.engine.sequence import Mode, sequences_of
 from pdengine.transport.messages import (
     Choice,
@@ -128,6 +128,30 @@ def test_only_the_answers_that_go_on_are_waited_for_after_a_push() -> None:
         take(bench, make_work("request", [1], choices(3), max_tokens=2), Mode.DECODE)
         bench.worker._decode_pushed(make_work("request", [1], [Choice(2, [7])], max_tokens=2))
         bench.worker._handle_events([StepTokens([TokenUpdate("request", 1, 2, 1, 5, "length")])])
+        assert bench.worker._is_idle()
+
+    on_loop(check)
+
+
+def test_one_answer_that_is_given_up_leaves_the_others_to_be_waited_for() -> None:
+    def check(bench: Bench) -> None:
+        take(bench, make_work("request", [1], choices(3), max_tokens=2))
+        bench.worker._abort("request", [0, 2])
+        assert bench.posted[-1] == AbortRequest("request", frozenset({0, 2}))
+        assert not bench.worker._is_idle()
+        bench.worker._handle_events([StepTokens([TokenUpdate("request", 1, 1, 0, 5, "stop")])])
+        assert bench.worker._is_idle()
+
+    on_loop(check)
+
+
+def test_what_is_left_of_an_older_attempt_ends_nothing_of_a_newer_one() -> None:
+    def check(bench: Bench) -> None:
+        for attempt in (1, 2):
+            take(bench, make_work("request", [1], choices(1), max_tokens=2, attempt=attempt))
+        bench.worker._handle_events([StepTokens([TokenUpdate("request", 1, 0, 0, 5, "stop")])])
+        assert not bench.worker._is_idle()
+        bench.worker._handle_events([StepTokens([TokenUpdate("request", 2, 0, 0, 5, "stop")])])
         assert bench.worker._is_idle()
 
     on_loop(check)

@@ -107,12 +107,8 @@ class CpuAttention:
         self, batch: AttentionBatch, num_heads: int, dtype: torch.dtype, kv_pool: Tensor
     ) -> AttentionPlan:
         """How the kernels share the work of a step; `dtype` is that of the queries."""
-        _, num_kv_heads, _, _, block_size, head_dim = kv_pool.shape
         layer_bytes = kv_pool.stride(2) * kv_pool.element_size()
-        group_size = num_heads // num_kv_heads
-        fits = group_size <= MAX_GROUP_SIZE and group_size * head_dim <= MAX_GROUP_ELEMENTS
-        aligned = head_dim % 32 == 0 and block_size % TILE_TOKENS == 0
-        if not (fits and aligned and dtype == kv_pool.dtype and dtype in DTYPES):
+        if not takes(kv_pool, num_heads, dtype):
             return AttentionPlan(is_native=False, layer_bytes=layer_bytes)
         starts = np.array(batch.query_starts_on_host, np.int64)
         num_new = starts[1:] - starts[:-1]
@@ -129,6 +125,21 @@ class CpuAttention:
         return AttentionPlan(True, layer_bytes, decode, num_split, prefill)
 
 
+def takes(kv_pool: Tensor, num_heads: int, dtype: torch.dtype) -> bool:
+    """Whether the kernels take this KV cache and queries of `dtype`."""
+    _, num_kv_heads, _, _, block_size, head_dim = kv_pool.shape
+    group_size = num_heads // num_kv_heads
+    fits = group_size <= MAX_GROUP_SIZE and group_size * head_dim <= MAX_GROUP_ELEMENTS
+    aligned = head_dim % 32 == 0 and block_size % TILE_TOKENS == 0
+    return fits and aligned and dtype == kv_pool.dtype and dtype in DTYPES
+
+
+def part_size(num_tokens: int, num_kv_heads: int, num_threads: int) -> int:
+    """Into how many tokens each context is split where all of them have `num_tokens` together."""
+    largest = num_tokens * num_kv_heads // (TASKS_PER_THREAD * num_threads) if num_threads > 1 else num_tokens
+    return max(1, -(-largest // CHUNK_TOKENS)) * CHUNK_TOKENS
+
+
 def plan_decodes(
     batch: AttentionBatch,
     sequences: npt.NDArray[np.int64],
@@ -140,8 +151,7 @@ def plan_decodes(
     _, num_kv_heads, _, _, block_size, head_dim = kv_pool.shape
     lengths = [batch.context_lengths_on_host[sequence] for sequence in sequences.tolist()]
     num_tokens = sum(lengths)
-    largest = num_tokens * num_kv_heads // (TASKS_PER_THREAD * num_threads) if num_threads > 1 else num_tokens
-    part_tokens = max(1, -(-largest // CHUNK_TOKENS)) * CHUNK_TOKENS
+    part_tokens = part_size(num_tokens, num_kv_heads, num_threads)
     rows = [batch.query_starts_on_host[sequence] for sequence in sequences.tolist()]
     parts = [
         (sequence, first, row)
@@ -154,7 +164,7 @@ def plan_decodes(
     partial_sums, partial_scales = torch.empty(num_rows, head_dim), torch.empty(num_rows, 2)
     parts_table = np.array(parts, np.int64)
     first_parts = np.array([0, *accumulate(num_parts)], np.int64)
-    block_bytes, head_bytes = _pool_strides(kv_pool)
+    block_bytes, head_bytes = pool_strides(kv_pool)
     words = np.array(
         (
             len(parts) * num_kv_heads,
@@ -205,7 +215,7 @@ def plan_prefills(
     tasks_table = np.array(tasks, np.int64)
     thread_bytes = -(-memory_bytes(head_dim, group_size, max_queries) // 64) * 64
     memory = torch.empty(num_threads * thread_bytes + 64, dtype=torch.uint8)
-    block_bytes, head_bytes = _pool_strides(kv_pool)
+    block_bytes, head_bytes = pool_strides(kv_pool)
     words = np.array(
         (
             len(tasks),
@@ -231,7 +241,7 @@ def plan_prefills(
     return KernelPlan(words, words.ctypes.data, arrays, in_parallel=True)
 
 
-def _pool_strides(kv_pool: Tensor) -> tuple[int, int]:
+def pool_strides(kv_pool: Tensor) -> tuple[int, int]:
     """Bytes of a block, and of one KV head in it."""
     block_elements, head_elements = kv_pool.stride()[:2]
     return block_elements * kv_pool.element_size(), head_elements * kv_pool.element_size()

@@ -172,9 +172,23 @@ class Launcher:
 
 
 def make_launcher() -> Launcher:
+    digest = source_digest()
+    register_jitable(_launch)
+
+    # For numba's cache, as in compile_kernel.
+    def launch(  # type: ignore[no-untyped-def]
+        gomp_parallel, num_threads, kernel,
+        word1, word2, word3, word4, word5, word6, word7, word8, word9, word10, word11, word12
+    ):  # fmt: skip
+        if digest != 0:
+            _launch(  # type: ignore[no-untyped-call]
+                gomp_parallel, num_threads, kernel,
+                word1, word2, word3, word4, word5, word6, word7, word8, word9, word10, word11, word12,
+            )  # fmt: skip
+
     def build(cache: bool) -> Any:
         words = ", ".join(["int64"] * 15)
-        return njit(f"void({words})", nogil=True, cache=cache)(_launch)
+        return njit(f"void({words})", nogil=True, cache=cache)(launch)
 
     return Launcher(gomp_parallel_address(), compile_with_cache(build))
 

@@ -12,6 +12,7 @@ from pdengine.triton_kernels import (
     cpu_linear,
     cpu_prefill_attention,
     cpu_program,
+    cpu_step_edges,
 )
 from pdengine.triton_kernels.cpu_launch import Launcher, compile_kernel, make_launcher
 from pdengine.triton_kernels.vector_code import has_bf16_dot_product
@@ -29,6 +30,8 @@ class NativeKernels:
     reduce_parts: Any
     prefill_attention: Any
     run_program: Any
+    start_tokens: Any
+    choose_largest: Any
     linear_float32: Any
     linear_bfloat16: Any  # None where the CPU has no dot products of bfloat16
 
@@ -45,6 +48,8 @@ def native_kernels() -> NativeKernels:
         reduce_parts=compile_kernel(cpu_decode_attention.reduce_parts),
         prefill_attention=compile_kernel(cpu_prefill_attention.prefill_attention),
         run_program=compile_kernel(cpu_program.run_program),
+        start_tokens=compile_kernel(cpu_step_edges.start_tokens),
+        choose_largest=compile_kernel(cpu_step_edges.choose_largest),
         linear_float32=compile_kernel(cpu_linear.linear_float32),
         linear_bfloat16=compile_kernel(cpu_linear.linear_bfloat16) if has_bf16_dot_product() else None,
     )

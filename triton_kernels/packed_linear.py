@@ -34,6 +34,7 @@ class PackedLinear:
         self.out_features, self.in_features = weight.shape
         self._dtype = weight.dtype
         self._bias = bias
+        assert bias is None or bias.shape == (self.out_features,), f"a bias of shape {tuple(bias.shape)}"
         self._is_packed = _can_pack(weight.dtype)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self._is_packed else weight
         self.own_rows = 0  # up to so many rows are multiplied by our own kernel
@@ -57,7 +58,10 @@ class PackedLinear:
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """`[rows, inputs]` -> `[rows, outputs]`, both of the weights' dtype."""
-        num_rows = inputs.shape[0]
+        # The own kernel takes an address, and would read whatever is there.
+        assert inputs.dtype == self._dtype, f"inputs are {inputs.dtype}, weights {self._dtype}"
+        num_rows, in_features = inputs.shape
+        assert in_features == self.in_features, f"{in_features} inputs instead of {self.in_features}"
         if num_rows > self.own_rows and self._is_packed:
             return torch.ops.mkldnn._linear_pointwise(inputs, self._weight, self._bias, "none", [], "")  # type: ignore[no-any-return]
         if not self._is_packed:

@@ -64,6 +64,14 @@ class PagedModel:
             logits = self.decoder.logits(hidden)
         return dict(zip(new_tokens, logits.split(counts), strict=True))
 
+    def grow(self, names: Sequence[str]) -> None:
+        """Make room for a token of each, which the caller computes."""
+        for name in names:
+            table = self.block_tables[name]
+            if self.lengths[name] == len(table) * self.block_size:
+                table.append(self.free_blocks.pop())
+            self.lengths[name] += 1
+
     def free(self, name: str) -> None:
         self.free_blocks.extend(self.block_tables.pop(name))
         del self.lengths[name]

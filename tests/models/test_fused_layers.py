@@ -53,3 +53,51 @@ def test_small_steps_are_fused(checkpoint_of: Callable[[str], Path]) -> None:
     decoder = PagedModel(checkpoint_of("llama-mha")).decoder
     own_kernels = all(layer.attention.qkv_proj.packed.own_rows > 0 for layer in decoder.layers)
     assert (decoder.fused_layers is not None) == own_kernels
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whole_steps_choose_the_likeliest_tokens(
+    family: str, dtype: torch.dtype, checkpoint_of: Callable[[str], Path]
+) -> None:
+    model, plain = (PagedModel(checkpoint_of(family), dtype) for _ in range(2))
+    plain.decoder.fused_layers = None
+    layers = model.decoder.fused_layers
+    if layers is None:
+        return  # this CPU has no own kernels for it
+    generator = torch.Generator().manual_seed(0)
+
+    def step(counts: dict[str, int]) -> dict[str, list[int]]:
+        return {
+            name: torch.randint(VOCAB_SIZE, (count,), generator=generator).tolist()
+            for name, count in counts.items()
+        }
+
+    start = step({"long": 1100, "short": 20, "new": 1})
+    model.step(start), plain.step(start)
+    # Steps of other kinds in between leave their own words in the program.
+    for names in (["long"], ["short", "new"], ["long", "short", "new"], None, ["new", "long"], ["long"]):
+        if names is None:
+            mixed = step({"short": 2, "long": 1})
+            model.step(mixed), plain.step(mixed)
+            continue
+        tokens = step(dict.fromkeys(names, 1))
+        expected = plain.step(tokens)
+        model.grow(names)
+        with torch.inference_mode():
+            chosen = layers.decode(
+                model.pool,
+                [tokens[name][0] for name in names],
+                [model.lengths[name] for name in names],
+                [model.block_tables[name] for name in names],
+            )
+            logits = layers.logits(len(names)).to(torch.float32)
+        if chosen is None:
+            assert model.config.head_dim % 32 or model.config.rope.partial_rotary_factor < 1
+            return
+        assert chosen == logits.argmax(dim=1).tolist()
+        for row, name in enumerate(names):
+            # cos and sin may differ from torch's in the last bit.
+            tolerance = 1e-4 if dtype == torch.float32 else 0.1
+            torch.testing.assert_close(logits[row], expected[name][0], rtol=tolerance, atol=tolerance)

@@ -1,7 +1,6 @@
 """Options that several commands share, and how errors of start-up and of requests reach the user."""
 
 import functools
-import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from pdengine.engine.memory import memory_bytes
 from pdengine.engine.worker_config import GPU_MEMORY_UTILIZATION, StartupError
 from pdengine.models.chat_template import ChatTemplateError
 from pdengine.models.checkpoint import CheckpointError
+from pdengine.transport.keys import KeysError
 from pdengine.transport.sockets import AddressError
 from pdengine.transport.transfer import SameHost, TransferError
 
@@ -24,6 +24,7 @@ EXPECTED_ERRORS = (
     ChatTemplateError,
     CheckpointError,
     GenerateError,
+    KeysError,
     StartupError,
     TransferError,
 )
@@ -66,6 +67,13 @@ def model_options(function: Function) -> Function:
         option("--revision", help="Branch, tag or commit of a model on the hub."),
     ]
     return _decorate(function, options)
+
+
+keys_option = option(
+    "--keys",
+    metavar="FILE",
+    help="The keys of this process, as pdengine keygen makes them, or the directory that they are in.",
+)
 
 
 client_address_option = option(
@@ -162,13 +170,8 @@ def errors_in_one_line() -> Iterator[None]:
         raise click.ClickException(str(error)) from error
     except EXPECTED_ERRORS as error:
         raise click.ClickException(str(error)) from error
-
-
-def log_to_stderr(name: str) -> None:
-    """Log lines of this process carry `name`, so that several can share a terminal."""
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.INFO,
-        format=f"%(asctime)s %(levelname)-7s {name}: %(message)s",
-        datefmt="%H:%M:%S",
-    )
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        advice = "pip install 'torch>=2.11' there, or run pdengine with a Python that has it"
+        raise click.ClickException(f"{sys.executable} has no torch: {advice}") from error

@@ -21,6 +21,7 @@ from pdengine.transport.messages import (
     RenewLeases,
 )
 from pdengine.transport.sockets import (
+    CURVE_BYTES,
     HIGH_WATER_MARK,
     MAX_IN_A_ROW,
     MAX_MESSAGE_BYTES,
@@ -194,7 +195,7 @@ async def test_an_oversize_frame_costs_the_connection_and_nothing_else() -> None
         address = server.bind(LOOPBACK)
         giant = sockets.peer(address)
         assert await giant.connection_change()
-        giant._socket.send(b"x" * (MAX_MESSAGE_BYTES + 1))
+        giant._socket.send(b"x" * (MAX_MESSAGE_BYTES + CURVE_BYTES + 1))
         assert not await giant.connection_change()
         other = sockets.peer(address)
         other.send(ReleaseLeases([1]))

@@ -47,6 +47,15 @@ def test_what_is_asked_for(router: RouterThread) -> None:
     assert salted.prefix.root != plain.prefix.root
 
 
+def test_a_stop_text_and_logprobs(router: RouterThread) -> None:
+    result = generate(router, "--stop", " red", "--stop", "blue", "--logprobs", "1")
+    text, *lines = result.stdout.splitlines()
+    assert text == "The"
+    assert lines
+    assert all("rank" in line and "top" in line for line in lines)
+    assert router.next_work().work.sampling.logprobs == 1
+
+
 def test_cached_tokens_are_shown(router: RouterThread) -> None:
     router.cached_tokens = 2
     assert generate(router).stderr == "4 prompt tokens (2 of them cached), 3 answer tokens\n"

@@ -18,6 +18,7 @@ from pdengine.models.chat_template import (
 from pdengine.models.checkpoint import CheckpointError
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+WORD_BOUNDARY = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's spelling of a space
 # Tokens that may be held back because their text ends in U+FFFD: a character has at most four bytes.
 MAX_HELD_TOKENS = 4
 
@@ -33,7 +34,9 @@ class Tokenizer:
         self._backend = backend
         self._chat_templates = chat_templates
         self._name = name
-        self._special_ids = {i for i, t in backend.get_added_tokens_decoder().items() if t.special}
+        added = backend.get_added_tokens_decoder()
+        self._added_ids = set(added)
+        self._special_ids = {i for i, t in added.items() if t.special}
         self._decoder_types = _decoder_types(backend)
 
     @classmethod
@@ -108,6 +111,21 @@ class Tokenizer:
         """The token as the vocabulary spells it, or None for special tokens and ids without a token."""
         return None if token_id in self._special_ids else self._backend.id_to_token(token_id)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What the token adds to a text, in UTF-8, and may be part of a character; of a special token its
+        name, of an id without a token nothing.
+        """
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if token_id in self._added_ids:
+            return token.encode()
+        if self.is_byte_level:
+            return bytes_of(token)
+        if self.has_byte_fallback and BYTE_TOKEN.fullmatch(token):
+            return bytes([int(token[3:5], base=16)])
+        return token.replace(WORD_BOUNDARY, " ").encode()
+
     @property
     def is_byte_level(self) -> bool:
         """Every token is a string of bytes (GPT-2, Llama 3, Qwen), and nothing else happens in decoding."""
@@ -156,10 +174,7 @@ class _ByteLevelStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int, token: str) -> str:
-        try:
-            return self._decoder.decode(bytes(BYTE_OF_CHARACTER[character] for character in token))
-        except KeyError:  # an added token, spelled in plain text
-            return self._decoder.decode(token.encode())
+        return self._decoder.decode(bytes_of(token))
 
     def finish(self) -> str:
         return self._decoder.decode(b"", final=True)
@@ -219,6 +234,14 @@ def _byte_of_character() -> dict[str, int]:
 
 
 BYTE_OF_CHARACTER: Mapping[str, int] = _byte_of_character()
+
+
+def bytes_of(token: str) -> bytes:
+    """Of a token of a vocabulary that spells bytes as characters."""
+    try:
+        return bytes(BYTE_OF_CHARACTER[character] for character in token)
+    except KeyError:  # an added token, spelled in plain text
+        return token.encode()
 
 
 def _decoder_types(backend: tokenizers.Tokenizer) -> list[str]:

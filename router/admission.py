@@ -1,10 +1,10 @@
 """What is refused at the door, each with a sentence that names the field and the limit."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from pdengine.models.tokenizer import Tokenizer
-from pdengine.router.registry import Registry
+from pdengine.router.registry import Limits
 from pdengine.transport.messages import (
     ChatPrompt,
     Generate,
@@ -16,6 +16,11 @@ from pdengine.transport.messages import (
 
 MAX_TEXT_CHARACTERS = 4 * 2**20
 MAX_STOP_TOKENS = 1024
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 1024  # of all stop strings together
+MAX_BIASED_TOKENS = 1024
+MAX_LOGPROBS = 20
+MAX_PROMPT_LOGPROBS = 2**20  # of all tokens of a prompt together: they are one message
 MAX_CHOICES = 128
 MAX_TOKENS_OF_CHOICES = 2**20  # of all answers of one request together, where there are several
 MAX_SALT_CHARACTERS = 256
@@ -50,6 +55,7 @@ def check_request(request: Generate, vocab_size: int) -> None:
             "cache_salt",
             f"cache_salt has {len(request.cache_salt)} characters, the limit is {MAX_SALT_CHARACTERS}",
         )
+    check_stop(request.stop)
     timeout = request.timeout
     if timeout is not None and not (math.isfinite(timeout) and timeout > 0):
         raise InvalidRequest("timeout", f"timeout is {timeout}, it must be a positive number of seconds")
@@ -74,9 +80,59 @@ def check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
     if len(sampling.stop_token_ids) > MAX_STOP_TOKENS:
         raise InvalidRequest("stop_token_ids", f"stop_token_ids has more than {MAX_STOP_TOKENS} entries")
     check_token_ids("stop_token_ids", sampling.stop_token_ids, vocab_size)
+    if not 0 <= sampling.min_tokens <= sampling.max_tokens:
+        raise InvalidRequest(
+            "min_tokens",
+            f"min_tokens is {sampling.min_tokens}, it must be at least 0 and at most max_tokens, which is "
+            f"{sampling.max_tokens}",
+        )
+    _check_logits(sampling, vocab_size)
+    for field, value in (("logprobs", sampling.logprobs), ("prompt_logprobs", sampling.prompt_logprobs)):
+        if value is not None and not 0 <= value <= MAX_LOGPROBS:
+            raise InvalidRequest(
+                field, f"{field} is {value}, it must be at least 0 and at most {MAX_LOGPROBS}"
+            )
 
 
-def check_token_ids(field: str, token_ids: Sequence[int], vocab_size: int) -> None:
+def check_stop(stop: Sequence[str]) -> None:
+    """Raise InvalidRequest for stop strings that are too many, too long, or empty."""
+    if len(stop) > MAX_STOP_STRINGS:
+        raise InvalidRequest("stop", f"stop has {len(stop)} strings, the limit is {MAX_STOP_STRINGS}")
+    num_characters = sum(len(string) for string in stop)
+    if num_characters > MAX_STOP_CHARACTERS:
+        raise InvalidRequest(
+            "stop", f"stop has {num_characters} characters in all, the limit is {MAX_STOP_CHARACTERS}"
+        )
+    if "" in stop:
+        raise InvalidRequest("stop", "stop has an empty string in it, each must have at least one character")
+
+
+def _check_logits(sampling: SamplingParams, vocab_size: int) -> None:
+    """Raise InvalidRequest for penalties and biases out of range."""
+    for field in ("presence_penalty", "frequency_penalty"):
+        penalty = getattr(sampling, field)
+        if not -2 <= penalty <= 2:
+            raise InvalidRequest(field, f"{field} is {penalty}, it must be at least -2 and at most 2")
+    if not (math.isfinite(sampling.repetition_penalty) and sampling.repetition_penalty > 0):
+        raise InvalidRequest(
+            "repetition_penalty",
+            f"repetition_penalty is {sampling.repetition_penalty}, it must be a finite number above 0",
+        )
+    if len(sampling.logit_bias) > MAX_BIASED_TOKENS:
+        raise InvalidRequest(
+            "logit_bias",
+            f"logit_bias has {len(sampling.logit_bias)} entries, the limit is {MAX_BIASED_TOKENS}",
+        )
+    check_token_ids("logit_bias", sampling.logit_bias, vocab_size)
+    for token_id, bias in sampling.logit_bias.items():
+        if not -100 <= bias <= 100:
+            raise InvalidRequest(
+                "logit_bias",
+                f"logit_bias of token {token_id} is {bias}, it must be at least -100 and at most 100",
+            )
+
+
+def check_token_ids(field: str, token_ids: Iterable[int], vocab_size: int) -> None:
     """Raise InvalidRequest for a token id outside the vocabulary."""
     for token_id in token_ids:
         if not 0 <= token_id < vocab_size:
@@ -85,10 +141,10 @@ def check_token_ids(field: str, token_ids: Sequence[int], vocab_size: int) -> No
             )
 
 
-def tokenize(prompt: Prompt, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+def tokenize(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
     """Token ids of any kind of prompt. Takes long for long text: call it off the event loop.
 
-    Raises InvalidRequest.
+    Raises InvalidRequest; `check_prompt_ids` is still to be called.
     """
     match prompt:
         case TokenPrompt(token_ids):
@@ -97,15 +153,19 @@ def tokenize(prompt: Prompt, tokenizer: Tokenizer, vocab_size: int) -> list[int]
             token_ids = _encode(prompt, tokenizer)
     if not token_ids:
         raise InvalidRequest("prompt", "prompt is empty, it must have at least one token")
-    # Of text too: a tokenizer may have added tokens for which the model has no embedding.
-    check_token_ids("prompt", token_ids, vocab_size)
     return token_ids
 
 
-def check_fits(num_prompt_tokens: int, max_tokens: int, registry: Registry) -> None:
+def check_prompt_ids(token_ids: Sequence[int], vocab_size: int) -> None:
+    """Raise InvalidRequest for a token without an embedding, which a tokenizer may have added, too."""
+    check_token_ids("prompt", token_ids, vocab_size)
+
+
+def check_fits(num_prompt_tokens: int, sampling: SamplingParams, limits: Limits) -> None:
     """Raise InvalidRequest if no worker could ever take a request of this size."""
+    max_tokens = sampling.max_tokens
     total = num_prompt_tokens + max_tokens
-    limit = registry.max_context
+    limit = limits.max_context
     if limit is None:
         raise InvalidRequest(None, "no worker has joined this router yet")
     if num_prompt_tokens >= limit:
@@ -118,16 +178,25 @@ def check_fits(num_prompt_tokens: int, max_tokens: int, registry: Registry) -> N
             f"prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}, together {total}, "
             f"the model's context is {limit}",
         )
-    if num_prompt_tokens > registry.max_prompt_tokens:
+    if num_prompt_tokens > limits.max_prompt_tokens:
         raise InvalidRequest(
             "prompt",
-            f"prompt has {num_prompt_tokens} tokens, the largest KV cache holds {registry.max_prompt_tokens}",
+            f"prompt has {num_prompt_tokens} tokens, the largest KV cache holds {limits.max_prompt_tokens}",
         )
-    if total - 1 > registry.max_answer_tokens:  # the last token is never cached
+    if total - 1 > limits.max_answer_tokens:  # the last token is never cached
         raise InvalidRequest(
             "max_tokens",
             f"prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}, together {total}, "
-            f"the largest KV cache holds {registry.max_answer_tokens}",
+            f"the largest KV cache holds {limits.max_answer_tokens}",
+        )
+    if sampling.prompt_logprobs is None:
+        return
+    num_logprobs = num_prompt_tokens * (1 + sampling.prompt_logprobs)
+    if num_logprobs > MAX_PROMPT_LOGPROBS:
+        raise InvalidRequest(
+            "prompt_logprobs",
+            f"prompt has {num_prompt_tokens} tokens and prompt_logprobs is {sampling.prompt_logprobs}, "
+            f"together {num_logprobs} log probabilities, the limit is {MAX_PROMPT_LOGPROBS}",
         )
 
 

@@ -71,7 +71,7 @@ class Attempts:
         demand = request.demand()
         workers = self._candidates(request, demand)
         if not workers:
-            self._end(request, Failed(request.tag, "no worker is there to take the request"))
+            self._end(request, Failed(request.tag, "no worker is there to take the request", retry=True))
             return
         untried = [worker for worker in workers if worker.engine_id not in request.refused_by]
         may_wait = len(workers) == 1 or not untried
@@ -88,7 +88,7 @@ class Attempts:
         else:
             request.decode_worker = worker.engine_id
             num_cached = 0 if worker.role == "decode" else demand.num_tokens - uncached
-            self._assign(request, worker, demand.total - num_cached)
+            self._assign(request, worker, demand.expected - num_cached)
             self._send(worker, PrefillAndDecode(request.work(), may_wait))
 
     def _candidates(self, request: Request, demand: Demand) -> list[WorkerEntry]:
@@ -123,7 +123,7 @@ class Attempts:
         worker = self._registry.pick_decode(demand, writer.engine_id)
         assert worker is not None, "such a prefill worker was not a candidate"
         request.early_worker = worker.engine_id
-        worker.assigned[request.request_id] = demand.total
+        worker.assigned[request.request_id] = demand.expected
         self._send(worker, Reserve(request.work(), writer.engine_id))
 
     def push_prompt(self, worker: WorkerEntry, message: Reserved) -> None:
@@ -149,10 +149,10 @@ class Attempts:
         if worker is None:
             demand = request.demand()
             worker = self._registry.pick_decode(demand, message.lease.engine_id)
-            if worker is None or not worker.has_room(demand.total):
+            if worker is None or not worker.has_room(demand.expected):
                 return
             request.early_worker = worker.engine_id
-            worker.assigned[request.request_id] = demand.total
+            worker.assigned[request.request_id] = demand.expected
         news = PullEarly(
             request.request_id, request.attempt, message.num_tokens, message.lease, request.prefix_names
         )
@@ -188,7 +188,7 @@ class Attempts:
     def _give_decode(self, request: Request, worker: WorkerEntry) -> None:
         request.early_worker = None
         request.decode_worker = worker.engine_id
-        self._assign(request, worker, request.demand().total)
+        self._assign(request, worker, request.demand().expected)
         self._send(worker, Decode(request.work(), request.lease))
 
     # ------------------------------------------------------------------------------ their ends
@@ -247,6 +247,12 @@ class Attempts:
         if worker is not None:
             worker.assigned.pop(request.request_id, None)
         request.worker = None
+
+    def give_up_answer(self, request: Request, index: int) -> None:
+        """Tell the worker that has the request to write no more of this answer."""
+        worker = self._registry.get(request.worker)
+        if worker is not None:
+            self._send(worker, Abort(request.request_id, [index]))
 
     # ------------------------------------------------------------------------------------ leases
 

@@ -16,7 +16,8 @@ class RouterConfig:
     whether a KV cache is pulled when its prompt is complete, or also before, where a decode worker has room;
     or pushed layer by layer, into blocks that are held from before the prompt is begun. local_prefill_tokens:
     a decode worker that has all but so many tokens of a prompt in its prefix cache computes them itself; 0 is
-    never.
+    never. keys: the router's file of keys, or a directory that has it (transport/keys.py); None: whoever can
+    connect is served, and the addresses must be on loopback unless `insecure`.
     """
 
     model_directory: Path
@@ -28,3 +29,5 @@ class RouterConfig:
     max_attempts: int = 3
     transfer: TransferMode = "early-pull"
     local_prefill_tokens: int = 256
+    keys: Path | None = None
+    insecure: bool = False

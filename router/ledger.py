@@ -3,39 +3,62 @@
 import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any
+
+import msgspec
 
 from pdengine.models.tokenizer import IncrementalDetokenizer
 from pdengine.router.prefixes import PromptPrefix
 from pdengine.router.registry import Demand
+from pdengine.router.stop_strings import StopSearch
 from pdengine.transport.messages import (
     Choice,
     FinishReason,
     KVLease,
     PrefixNames,
     SamplingParams,
+    TokenLogprobs,
     TransferStats,
     Usage,
     Work,
 )
 
+EXPECTED_ANSWER_TOKENS = 512  # of an answer that may be longer
+
 
 @dataclass(eq=False)
 class Answer:
-    """One of the answers to a prompt, as far as it is written."""
+    """One of the answers to a prompt, as far as it is written.
+
+    min_tokens: no stop string counts that comes up within so many. detokenizer: set when the prompt is
+    tokenized. search: None without stop strings.
+    """
 
     index: int
+    min_tokens: int = 0
     output_ids: list[int] = field(default_factory=list)
-    detokenizer: IncrementalDetokenizer | None = None  # set when the prompt is tokenized
+    detokenizer: IncrementalDetokenizer | None = None
+    search: StopSearch | None = None
     finish_reason: FinishReason | None = None
 
     def append(self, token_id: int, finish_reason: FinishReason | None) -> str:
-        """Take the next token; the text that it completes. The one that stops an answer is no part of it."""
+        """Take the next token; the text that is certain with it.
+
+        The token that stops an answer is no part of its text. A stop string ends the answer, too.
+        """
         assert self.detokenizer is not None
         self.output_ids.append(token_id)
         self.finish_reason = finish_reason
         text = "" if finish_reason == "stop" else self.detokenizer.push([token_id])
-        return text if finish_reason is None else text + self.detokenizer.finish()
+        if finish_reason is not None:
+            text += self.detokenizer.finish()
+        if self.search is None:
+            return text
+        text, has_stopped = self.search.push(text, may_stop=len(self.output_ids) > self.min_tokens)
+        if has_stopped:
+            self.finish_reason = "stop"
+        return text if finish_reason is None or has_stopped else text + self.search.finish()
 
 
 @dataclass(eq=False)
@@ -45,6 +68,7 @@ class Request:
     choices: one per answer that was asked for. prefix: names of the prompt's blocks. cached_tokens: what the
     attempt that wrote the first token did not have to compute of the prompt. early_worker: engine id of a
     decode worker that pulls the prompt while it is computed, or holds the blocks that it is pushed into.
+    prompt_logprobs: of the prompt's tokens but the first, as far as they were told; None if nobody asked.
     refused_by: workers that had no room for this attempt. lease: held for this request and not yet taken over
     by a decode worker (`lease_accepted`) or read.
     """
@@ -58,7 +82,9 @@ class Request:
     prompt_ids: list[int] = field(default_factory=list)
     choices: list[Answer] = field(init=False)
     prefix: PromptPrefix | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
     cached_tokens: int | None = None
+    began_at: float = field(default_factory=monotonic)
     attempt: int = 0
     worker: str | None = None
     early_worker: str | None = None
@@ -72,7 +98,9 @@ class Request:
     task: asyncio.Task[Any] | None = None  # while it is being tokenized
 
     def __post_init__(self) -> None:
-        self.choices = [Answer(index) for index in range(self.n)]
+        self.choices = [Answer(index, self.sampling.min_tokens) for index in range(self.n)]
+        if self.sampling.prompt_logprobs is not None:
+            self.prompt_logprobs = []
 
     @property
     def unfinished(self) -> list[Answer]:
@@ -88,6 +116,11 @@ class Request:
         """Whether answers are to be continued that differ, so that one prefill cannot serve them all."""
         unfinished = self.unfinished
         return len(unfinished) > 1 and any(choice.output_ids for choice in unfinished)
+
+    @property
+    def lacks_prompt_logprobs(self) -> bool:
+        """Whether there are tokens of the prompt whose log probabilities were asked for and not told yet."""
+        return self.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt_ids) - 1
 
     @property
     def prefix_names(self) -> PrefixNames | None:
@@ -111,21 +144,25 @@ class Request:
 
     def demand(self) -> Demand:
         """What the answers that are still to be written need of a worker."""
-        prompt, unfinished = len(self.prompt_ids), self.unfinished
+        prompt, written = len(self.prompt_ids), [len(choice.output_ids) for choice in self.unfinished]
+        longest = self.sampling.max_tokens - 1
         return Demand(
-            num_tokens=prompt + sum(len(choice.output_ids) for choice in unfinished),
-            longest=prompt + self.sampling.max_tokens - 1,
-            total=prompt + len(unfinished) * (self.sampling.max_tokens - 1),
+            num_tokens=prompt + sum(written),
+            longest=prompt + longest,
+            expected=prompt + sum(min(longest, count + EXPECTED_ANSWER_TOKENS) for count in written),
             prefix=self.prefix,
         )
 
     def work(self) -> Work:
+        sampling = self.sampling
+        if sampling.prompt_logprobs is not None and not self.lacks_prompt_logprobs:
+            sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
         return Work(
             self.request_id,
             self.attempt,
             self.prompt_ids,
             [Choice(choice.index, list(choice.output_ids)) for choice in self.unfinished],
-            sampling=self.sampling,
+            sampling=sampling,
             priority=self.priority,
             prefix=self.prefix_names,
         )

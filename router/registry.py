@@ -21,21 +21,31 @@ from pdengine.transport.messages import (
 class Demand:
     """What a request needs of a worker, in tokens.
 
-    num_tokens: prompt and answers so far, whose keys and values come first. longest, total: those that will
-    be cached in the end, of the prompt with the longest answer, and with all answers; the last token of an
-    answer never is.
+    num_tokens: prompt and answers so far, whose keys and values come first. longest: of the prompt with the
+    longest answer; the last token of an answer is never cached. expected: of the prompt with all answers, if
+    they become as long as most: they may be many times longer, but they grow block by block, and a worker
+    that runs out preempts, so that counting what they may be would leave most of a KV cache empty.
     """
 
     num_tokens: int
     longest: int
-    total: int
+    expected: int
     prefix: PromptPrefix | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Tokens of the largest request, as `Registry` has them at some moment."""
+
+    max_context: int | None
+    max_prompt_tokens: int
+    max_answer_tokens: int
 
 
 @dataclass(eq=False)
 class WorkerEntry:
     """identity: of its connection. assigned: tokens of every request that it has now, as the router knows it,
-    which is newer than the last heartbeat: those to compute, and on decode workers all that will be cached.
+    which is newer than the last heartbeat: those to compute, and on decode workers all that are expected.
     links: peers it can pull from -> lanes. broken_links: peers that it has tried to pull from in vain.
     cached_tags: of the blocks in its prefix cache, as far as it has announced them.
     """
@@ -179,11 +189,11 @@ class Registry:
             for worker in self._able(demand.longest)
             if worker.role == "decode" and worker.cached_blocks(demand.prefix) > 0
         }
-        workers = [w for w, rest in rests.items() if rest <= limit and w.has_room(demand.total)]
+        workers = [w for w, rest in rests.items() if rest <= limit and w.has_room(demand.expected)]
         return min(workers, key=lambda w: (rests[w], len(w.assigned)), default=None)
 
     def pick_decode(self, demand: Demand, holder: str | None = None) -> WorkerEntry | None:
-        """A decode worker that can pull from `holder`, has room for all answers and the fewest requests.
+        """A decode worker that can pull from `holder`, has room for the answers and the fewest requests.
 
         The wishes count in this order: one that has no link yet, or no room, is better than none. Among
         workers with as many requests the one that has most of the prompt has the least to pull; that alone is
@@ -195,7 +205,7 @@ class Registry:
         def load(worker: WorkerEntry) -> tuple[bool, bool, int, int, int]:
             unlinked = holder is not None and holder not in worker.links
             cached = worker.cached_blocks(demand.prefix)
-            room = worker.has_room(demand.total)
+            room = worker.has_room(demand.expected)
             return unlinked, not room, len(worker.assigned), -cached, worker.assigned_tokens
 
         return min(workers, key=load, default=None)
@@ -220,6 +230,10 @@ class Registry:
         return [w for w in self._workers.values() if not w.leaving and w.capacity >= num_tokens]
 
     # ---------------------------------------------------------------------------------- limits
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.max_context, self.max_prompt_tokens, self.max_answer_tokens)
 
     @property
     def block_size(self) -> int | None:

@@ -1,8 +1,8 @@
 """The router: an asyncio loop between clients and workers.
 
 It mints request ids, tokenizes once and names the blocks of the prompt, has every request done by workers
-(router.attempts), turns tokens into text and streams them. It knows no KV cache contents, only who holds
-which lease, and the names of what workers keep.
+(router.attempts), turns tokens into text and streams them (router.delivery). It knows no KV cache contents,
+only who holds which lease, and the names of what workers keep.
 """
 
 import asyncio
@@ -14,29 +14,26 @@ from typing import Literal
 from uuid import uuid4
 
 import msgspec
-import zmq.asyncio
 
-from pdengine.models.config import load_config
-from pdengine.models.fingerprint import model_fingerprint
-from pdengine.models.tokenizer import IncrementalDetokenizer, Tokenizer
-from pdengine.router.admission import InvalidRequest, check_fits, check_request, tokenize
+from pdengine.router.admission import InvalidRequest
 from pdengine.router.attempts import Attempts
 from pdengine.router.config import RouterConfig
-from pdengine.router.ledger import Answer, Ledger, Request
-from pdengine.router.prefixes import PromptPrefix, name_prefix
+from pdengine.router.delivery import Delivery
+from pdengine.router.intake import Intake
+from pdengine.router.ledger import Ledger, Request
+from pdengine.router.outbox import Outbox
+from pdengine.router.ports import Ports
 from pdengine.router.registry import Registry, WorkerEntry
+from pdengine.router.request_log import log_end, log_refused
 from pdengine.transport.messages import (
     Aborted,
     Accepted,
     CacheUpdate,
     Cancel,
-    ClientToRouter,
     DecodeAccepted,
-    Delta,
     EarlyPullDropped,
     Failed,
     Finished,
-    FinishReason,
     Generate,
     GetStatus,
     Heartbeat,
@@ -54,21 +51,21 @@ from pdengine.transport.messages import (
     PeerLink,
     Prefilled,
     PrefixHit,
+    PromptLogprobs,
     PromptProgress,
+    PromptScored,
     Pulled,
     Pushed,
     Rejected,
-    ReleaseLeases,
     Reserved,
     Status,
     StepTokens,
-    TokenUpdate,
     Welcome,
     WorkerToRouter,
     WorkFailed,
     WorkRefused,
 )
-from pdengine.transport.sockets import SendFailed, ServerSocket
+from pdengine.transport.sockets import SendFailed
 
 logger = logging.getLogger(__name__)
 
@@ -79,31 +76,35 @@ TOKENIZER_THREADS = 4
 class Router:
     """Binds its sockets when made; `run` serves until it is cancelled.
 
-    Raises CheckpointError or AddressError.
+    client_keys: for a client in this process; None in a cluster without keys.
+    Raises CheckpointError, AddressError or KeysError.
     """
 
     def __init__(self, config: RouterConfig) -> None:
         self._config = config
         self._pushes = config.transfer == "push"
-        self._vocab_size = load_config(config.model_directory).vocab_size
-        self._tokenizer = Tokenizer.load(config.model_directory)
-        self._model = model_fingerprint(config.model_directory)
-        self._registry = Registry(self._model)
+        self._intake = Intake(config.model_directory)
+        self._registry = Registry(self._intake.model)
         self._ledger = Ledger()
         self._attempts = Attempts(
             config, self._ledger, self._registry, send=self._send_to_worker, end=self._end
         )
+        self._outbox = Outbox(
+            lambda client, message: self._clients.send(client, message), self._forget_client
+        )
+        self._delivery = Delivery(
+            self._ledger, self._attempts, self._outbox, release=self._send_to_worker, end=self._end
+        )
         self._epoch = uuid4().hex
         self._threads = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenizer")
-        self._context = zmq.asyncio.Context()
-        self._clients = ServerSocket[ClientToRouter](self._context, ClientToRouter)
-        self._workers = ServerSocket[WorkerToRouter](self._context, WorkerToRouter)
         try:
-            self.client_address = self._clients.bind(config.client_address)
-            self.worker_address = self._workers.bind(config.worker_address)
+            self._ports = Ports(config)
         except BaseException:
-            self._close()
+            self._threads.shutdown(wait=False)
             raise
+        self._clients, self._workers = self._ports.clients, self._ports.workers
+        self.client_address, self.worker_address = self._ports.client_address, self._ports.worker_address
+        self.client_keys = self._ports.client_keys
 
     async def run(self) -> None:
         """Serve until cancelled; then every request in flight fails with a word to its client."""
@@ -112,16 +113,15 @@ class Router:
                 group.create_task(self._serve_clients())
                 group.create_task(self._serve_workers())
                 group.create_task(self._tick())
+                group.create_task(self._ports.watch())
         finally:
             for request in self._ledger:
-                self._end(request, Failed(request.tag, "the router is shutting down"))
+                self._end(request, Failed(request.tag, "the router is shutting down", retry=True))
             self._close()
 
     def _close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
-        self._clients.close()
-        self._workers.close()
-        self._context.destroy(linger=None)
+        self._ports.close()
 
     # --------------------------------------------------------------------------------- clients
 
@@ -138,10 +138,10 @@ class Router:
                 case Inquire(tag):
                     if self._ledger.find(client, tag) is None:
                         reason = "the router gave the request up because its client did not read"
-                        self._send_to_client(client, Failed(tag, reason))
+                        self._outbox.send(client, Failed(tag, reason))
                 case GetStatus(tag):
                     workers = self._registry.statuses(monotonic())
-                    self._send_to_client(
+                    self._outbox.send(
                         client,
                         Status(
                             tag, self._epoch, workers, len(self._ledger), self._registry.max_request_tokens
@@ -149,19 +149,20 @@ class Router:
                     )
 
     def _accept(self, client: bytes, message: Generate) -> None:
-        tag = message.tag
-        if self._ledger.find(client, tag) is not None:
-            self._send_to_client(client, Rejected(tag, f"tag {tag} is in use by another request", "tag"))
-            return
+        tag, request_id = message.tag, uuid4().hex
         try:
-            check_request(message, self._vocab_size)
+            if self._ledger.find(client, tag) is not None:
+                raise InvalidRequest("tag", f"tag {tag} is in use by another request")
+            self._intake.check(message)
         except InvalidRequest as error:
-            self._send_to_client(client, Rejected(tag, str(error), error.field))
+            refusal = Rejected(tag, str(error), error.field)
+            self._outbox.send(client, refusal)
+            log_refused(request_id, refusal)
             return
         sampling = message.sampling
         if sampling.seed is None:
             sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(63))
-        request = Request(uuid4().hex, client, tag, sampling, message.n, message.priority)
+        request = Request(request_id, client, tag, sampling, message.n, message.priority)
         self._ledger.add(request)
         if message.timeout is not None:
             loop = asyncio.get_running_loop()
@@ -172,12 +173,15 @@ class Router:
         """Tokenize off the event loop, then place the request."""
         try:
             try:
-                request.prompt_ids, request.prefix = await asyncio.get_running_loop().run_in_executor(
-                    self._threads, self._read_prompt, message, self._registry.block_size
+                parts = await asyncio.get_running_loop().run_in_executor(
+                    self._threads,
+                    self._intake.read,
+                    message,
+                    self._registry.limits,
+                    self._registry.block_size,
                 )
             finally:
                 request.task = None
-            check_fits(len(request.prompt_ids), request.sampling.max_tokens, self._registry)
         except InvalidRequest as error:
             self._end(request, Rejected(request.tag, str(error), error.field))
             return
@@ -185,30 +189,21 @@ class Router:
             logger.exception("tokenizing failed")
             self._end(request, Failed(request.tag, f"the prompt could not be tokenized: {error}"))
             return
-        for choice in request.choices:
-            choice.detokenizer = IncrementalDetokenizer(self._tokenizer, request.prompt_ids)
+        self._intake.begin(request, parts)
         accepted = Accepted(request.tag, request.request_id, len(request.prompt_ids))
-        self._send_to_client(request.client, accepted)
+        self._outbox.send(request.client, accepted)
+        if request.prompt_logprobs is not None and not request.lacks_prompt_logprobs:
+            self._outbox.send(request.client, PromptLogprobs(request.tag, []))  # of a prompt of one token
         if request in self._ledger:
             self._attempts.place(request)
 
-    def _read_prompt(
-        self, message: Generate, block_size: int | None
-    ) -> tuple[list[int], PromptPrefix | None]:
-        """Token ids of the prompt, and the names of its blocks. Runs on a thread beside the loop."""
-        prompt_ids = tokenize(message.prompt, self._tokenizer, self._vocab_size)
-        if block_size is None:
-            return prompt_ids, None
-        return prompt_ids, name_prefix(self._model, message.cache_salt, prompt_ids, block_size)
-
-    def _send_to_client(self, client: bytes, message: Message) -> None:
-        try:
-            self._clients.send(client, message)
-        except SendFailed as error:
-            requests = self._ledger.of_client(client)
+    def _forget_client(self, client: bytes, error: SendFailed) -> None:
+        requests = self._ledger.of_client(client)
+        if requests:
             logger.info("client %s: %s; %d requests aborted", client.hex(), error, len(requests))
-            for request in requests:
-                self._forget(request)
+        for request in requests:
+            self._forget(request)
+            log_end(request, None)
 
     # --------------------------------------------------------------------------------- workers
 
@@ -252,9 +247,8 @@ class Router:
             case Heartbeat(load):
                 worker.load = load
                 self._send_to_worker(worker, HeartbeatReply(self._epoch, known=True))
-            case StepTokens(updates):
-                for update in updates:
-                    self._take_token(update)
+            case StepTokens():
+                self._delivery.take_step(message)
             case CacheUpdate():
                 self._take_cache_update(worker, message)
             case PrefixHit(request_id, attempt, cached_tokens):
@@ -264,8 +258,10 @@ class Router:
                 self._attempts.pull_early(message)
             case EarlyPullDropped():
                 self._attempts.drop_early_pull(worker, message)
+            case PromptScored():
+                self._delivery.take_prompt_scored(message)
             case Prefilled():
-                self._take_prefilled(worker, message)
+                self._delivery.take_prefilled(worker, message)
             case DecodeAccepted(request_id, attempt):
                 if (request := self._ledger.current(request_id, attempt)) is not None:
                     request.lease_accepted = True
@@ -345,60 +341,6 @@ class Router:
         if worker is not None:
             self._lose_workers([worker], "it cannot be reached")
 
-    # ---------------------------------------------------------------------------------- tokens
-
-    def _take_token(self, update: TokenUpdate) -> None:
-        request = self._ledger.current(update.request_id, update.attempt)
-        choice = None if request is None else request.find_choice(update.choice)
-        if request is None or choice is None or update.position < len(choice.output_ids):
-            return
-        if update.position > len(choice.output_ids):
-            self._attempts.retry(request, "tokens of its worker were lost")
-            return
-        self._deliver(request, choice, update.token_id, update.finish_reason)
-
-    def _take_prefilled(self, worker: WorkerEntry, message: Prefilled) -> None:
-        request = self._ledger.current(message.request_id, message.attempt)
-        unfinished = [] if request is None else request.unfinished
-        expected = [(choice.index, len(choice.output_ids)) for choice in unfinished]
-        if request is None or [(token.choice, token.position) for token in message.tokens] != expected:
-            if message.lease is not None:
-                self._send_to_worker(worker, ReleaseLeases([message.lease.lease_id]))
-            if request is not None:
-                self._attempts.retry(request, "its worker sent other tokens than were asked for")
-            return
-        request.lease, request.lease_accepted = message.lease, False
-        for choice, token in zip(unfinished, message.tokens, strict=True):
-            self._deliver(request, choice, token.token_id, token.finish_reason)
-            if request not in self._ledger:
-                return
-        if message.pushed:
-            return  # Pushed follows
-        if request.lease is None:
-            self._attempts.retry(request, "the prefill worker gave no lease on its KV cache")
-            return
-        self._attempts.place_decode(request)
-
-    def _deliver(
-        self, request: Request, choice: Answer, token_id: int, finish_reason: FinishReason | None
-    ) -> None:
-        """Stream one token; with the last one of the last answer the request ends."""
-        text = choice.append(token_id, finish_reason)
-        delta = Delta(request.tag, text, [token_id], choice.index, finish_reason)
-        self._send_to_client(request.client, delta)
-        if finish_reason is None or request.unfinished or request not in self._ledger:
-            return
-        outcome = Finished(
-            request.tag,
-            [choice.finish_reason for choice in request.choices if choice.finish_reason is not None],
-            request.usage(),
-            prefill_worker=request.prefill_worker,
-            decode_worker=request.decode_worker,
-            attempts=request.attempt,
-            transfer=request.transfer,
-        )
-        self._end(request, outcome)
-
     # ------------------------------------------------------------------------------------ time
 
     async def _tick(self) -> None:
@@ -425,7 +367,8 @@ class Router:
         if request not in self._ledger:
             return  # its client went away while the requests before it ended
         self._forget(request, finished=isinstance(outcome, Finished))
-        self._send_to_client(request.client, outcome)
+        self._outbox.send(request.client, outcome)
+        log_end(request, outcome)
 
     def _forget(self, request: Request, *, finished: bool = False) -> None:
         """Drop a request and whatever workers hold for it."""

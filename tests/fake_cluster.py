@@ -34,11 +34,13 @@ from pdengine.transport.messages import (
     Prefill,
     PrefillAndDecode,
     Prefilled,
+    PromptScored,
     Pulled,
     Role,
     RouterToClient,
     RouterToWorker,
     StepTokens,
+    TokenLogprobs,
     TokenUpdate,
     TransferStats,
     Welcome,
@@ -191,6 +193,12 @@ class FakeWorker(Peer[RouterToWorker]):
     def send_pulled(self, work: Work) -> None:
         self.send(Pulled(work.request_id, work.attempt, STATS))
 
+    def send_scored(self, work: Work, first: int = 1, end: int | None = None) -> None:
+        """The log probabilities of these tokens of the prompt."""
+        assert work.sampling.prompt_logprobs is not None
+        logprobs = [logprobs_of(token_id, work.sampling.prompt_logprobs) for token_id in work.prompt_ids]
+        self.send(PromptScored(work.request_id, work.attempt, first, logprobs[first:end]))
+
     def send_tokens(
         self,
         work: Work,
@@ -207,8 +215,22 @@ class FakeWorker(Peer[RouterToWorker]):
         for position, token_id in enumerate(token_ids, first):
             last = position == first + len(token_ids) - 1
             reason = finish_reason if last else None
-            update = TokenUpdate(work.request_id, work.attempt, choice, position, token_id, reason)
-            self.send(StepTokens([update]))
+            self.send(StepTokens([token_update(work, choice, position, token_id, reason)]))
+
+
+def logprobs_of(token_id: int, num_top: int) -> TokenLogprobs:
+    """Made up: every token says something else, and is the second likeliest."""
+    top = [(token_id + rank, -rank / 10) for rank in range(1, num_top + 1)]
+    return TokenLogprobs(-token_id / 1000, 2, top)
+
+
+def token_update(
+    work: Work, choice: int, position: int, token_id: int, finish_reason: FinishReason | None
+) -> TokenUpdate:
+    """With log probabilities, if they are asked for."""
+    num_top = work.sampling.logprobs
+    logprobs = None if num_top is None else logprobs_of(token_id, num_top)
+    return TokenUpdate(work.request_id, work.attempt, choice, position, token_id, finish_reason, logprobs)
 
 
 def output_ids(work: Work) -> list[int]:
@@ -220,7 +242,7 @@ def output_ids(work: Work) -> list[int]:
 def next_tokens(work: Work, tokens: Sequence[tuple[int, FinishReason | None]]) -> list[TokenUpdate]:
     """A token of each answer, in order, and why the answer ends with it, if it does."""
     return [
-        TokenUpdate(work.request_id, work.attempt, choice.index, len(choice.output_ids), *token)
+        token_update(work, choice.index, len(choice.output_ids), *token)
         for choice, token in zip(work.choices, tokens, strict=True)
     ]
 
@@ -239,7 +261,7 @@ class FakeCluster:
         self.router = router
         self.running = asyncio.create_task(router.run())
         self.context = zmq.asyncio.Context()
-        self.client = AsyncClient(router.client_address, connect_timeout=DEADLINE_SECONDS)
+        self.client = AsyncClient(router.client_address, connect_timeout=DEADLINE_SECONDS, retries=0)
         self.peers: list[Peer[Any]] = []
 
     def new_worker(self, role: Role, engine_id: str = "", **options: Any) -> FakeWorker:

@@ -82,6 +82,8 @@ class RouterThread:
             work = message.work
             if self.cached_tokens:
                 worker.send(PrefixHit(work.request_id, work.attempt, self.cached_tokens))
+            if work.sampling.prompt_logprobs is not None:
+                worker.send_scored(work)
             token_ids = work.prompt_ids[: work.sampling.max_tokens]
             reason: FinishReason = "length" if len(token_ids) == work.sampling.max_tokens else "stop"
             for position, token_id in enumerate(token_ids):

@@ -10,15 +10,28 @@ from time import monotonic
 import msgspec
 
 from pdengine.client import AsyncClient, Cancelled, Failed, Rejected, RouterUnavailable
-from pdengine.client.async_client import INQUIRE_SECONDS, Reply
+from pdengine.client.connection import INQUIRE_SECONDS, Reply
 from pdengine.client.results import GenerateError
 from pdengine.router.http.metrics import HttpMetrics
 from pdengine.transport import messages
-from pdengine.transport.messages import Delta, Finished, Generate, Inquire, Usage
+from pdengine.transport.messages import (
+    Accepted,
+    Delta,
+    Finished,
+    Generate,
+    Inquire,
+    PromptLogprobs,
+    TokenLogprobs,
+    Usage,
+)
 
 
 class Answer:
-    """The answers to one prompt, on their way. `cancel` it unless it has finished."""
+    """The answers to one prompt, on their way. `cancel` it unless it has finished.
+
+    request_id: the router's, once it has accepted the request. prompt_logprobs: of the prompt's tokens but
+    the first, if they were asked for; there before the first batch. usage: once it has finished.
+    """
 
     def __init__(self, client: AsyncClient, request: Generate, metrics: HttpMetrics, asked_at: float) -> None:
         self._client = client
@@ -31,7 +44,9 @@ class Answer:
         self._heard = False
         self._silence: asyncio.TimerHandle | None = None
         self._error: GenerateError | None = None  # raised when all that came before it has been taken
-        self.usage: Usage | None = None  # once it has finished
+        self.request_id: str | None = None
+        self.prompt_logprobs: list[TokenLogprobs] | None = None
+        self.usage: Usage | None = None
 
     async def next_batch(self) -> list[Delta]:
         """At least one delta and all that are there, or none after the last.
@@ -80,6 +95,10 @@ class Answer:
         match reply:
             case Delta():
                 deltas.append(reply)
+            case Accepted(_, request_id):
+                self.request_id = request_id
+            case PromptLogprobs(_, logprobs):
+                self.prompt_logprobs = logprobs
             case Finished(usage=usage):
                 self.usage = usage
                 self._forget()
@@ -123,6 +142,15 @@ class Answers:
 
     def __init__(self, answers: Sequence[Answer]) -> None:
         self._answers = answers
+
+    @property
+    def request_ids(self) -> list[str]:
+        """The router's, of the prompts that it has accepted."""
+        return [answer.request_id for answer in self._answers if answer.request_id is not None]
+
+    def prompt_logprobs(self, index: int) -> list[TokenLogprobs] | None:
+        """Of this prompt, as `Answer` has them."""
+        return self._answers[index].prompt_logprobs
 
     @property
     def usages(self) -> list[Usage]:

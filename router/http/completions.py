@@ -21,18 +21,26 @@ from pdengine.router.http.fields import (
     NEUTRAL_IN_MESSAGE,
     check_unknown,
 )
-from pdengine.router.http.replies import total_usage
+from pdengine.router.http.replies import Usage, total_usage
 from pdengine.router.http.requests import ChatBody, ChatMessageBody, CompletionBody, SamplingBody, extras
 from pdengine.router.http.service import Service
-from pdengine.router.http.shapes import DONE, ChatShape, CompletionShape, Shape, WholeAnswer, error_event
+from pdengine.router.http.shapes import (
+    DONE,
+    ChatShape,
+    CompletionShape,
+    Echo,
+    Shape,
+    WholeAnswer,
+    error_event,
+)
 from pdengine.transport.messages import (
     ChatMessage,
     ChatPrompt,
     Delta,
-    FinishReason,
     Generate,
     Prompt,
     TextPrompt,
+    TokenLogprobs,
     TokenPrompt,
 )
 
@@ -50,10 +58,16 @@ def complete(service: Service, body: CompletionBody) -> "AnswerResponse":
     """The response with the answers to every prompt of the body. Raises ApiError."""
     service.check_model(body.model)
     check_unknown(extras(body), NEUTRAL)
+    if body.max_tokens == 0 and not body.echo:
+        raise ApiError(HTTPStatus.BAD_REQUEST, "max_tokens: 0 only with echo", param="max_tokens")
     shape = CompletionShape(
-        f"cmpl-{uuid4().hex}", service.model, int(time()), includes_usage=body.includes_usage
+        f"cmpl-{uuid4().hex}",
+        service.model,
+        int(time()),
+        service.token_names,
+        includes_usage=body.includes_usage,
     )
-    max_tokens = body.max_tokens or DEFAULT_MAX_TOKENS
+    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     return AnswerResponse(service, body, _prompts(body), max_tokens, shape, "prompt")
 
 
@@ -61,8 +75,14 @@ def complete_chat(service: Service, body: ChatBody) -> "AnswerResponse":
     """The response with the answers to the messages of the body. Raises ApiError."""
     service.check_model(body.model)
     check_unknown(extras(body), NEUTRAL_IN_CHAT)
+    if body.top_logprobs and not body.logprobs:
+        raise ApiError(HTTPStatus.BAD_REQUEST, "top_logprobs: only with logprobs", param="top_logprobs")
     shape = ChatShape(
-        f"chatcmpl-{uuid4().hex}", service.model, int(time()), includes_usage=body.includes_usage
+        f"chatcmpl-{uuid4().hex}",
+        service.model,
+        int(time()),
+        service.token_names,
+        includes_usage=body.includes_usage,
     )
     max_tokens = body.max_completion_tokens or body.max_tokens
     return AnswerResponse(service, body, [chat_prompt(body.messages)], max_tokens, shape, "messages")
@@ -102,7 +122,8 @@ class AnswerResponse(Response):
         shape: Shape,
         prompt_field: str,
     ) -> None:
-        """max_tokens: None for what the context leaves. prompt_field: what the client calls the prompt."""
+        """max_tokens: None for what the context leaves; 0 for the prompt alone, of which one token is written
+        and not shown. prompt_field: what the client calls the prompt."""
         super().__init__()
         if body.stream_options is not None and not body.stream:
             raise ApiError(HTTPStatus.BAD_REQUEST, "stream_options: only with stream", param="stream_options")
@@ -110,42 +131,53 @@ class AnswerResponse(Response):
         self._body = body
         self._prompts = prompts
         self._max_tokens = max_tokens
+        self._shows_answers = max_tokens != 0
         self._shape = shape
         self._prompt_field = prompt_field
         self._n = body.n or 1
         self._asked_at = monotonic()
+        self._prompt_ids: list[list[int]] = []
+        self._echoes: dict[int, Echo] = {}  # by prompt
         self._client_gone = False
         self._started = False  # the status has been sent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._service.admitted(len(self._prompts), self._n):
-            requests = [await self._to_generate(prompt) for prompt in self._prompts]
-            answers = Answers(
-                [Answer(self._service.client, r, self._service.metrics, self._asked_at) for r in requests]
-            )
-            watcher = asyncio.create_task(self._watch(receive, answers))
-            try:
-                async with aclosing(answers.batches()) as batches:
-                    if self._body.stream:
-                        await self._stream(batches, answers, send)
-                    else:
-                        await self._collect(batches, answers, send)
-                self._log("finished", answers)
-            except GenerateError as error:
-                if self._client_gone:
-                    self._log("the client closed the connection", answers)
-                    if self._started:
-                        return
-                    raise ClientGone() from error
-                self._log(str(error), answers)
-                raise of_outcome(error, self._prompt_field) from error
-            finally:
-                watcher.cancel()
-                answers.cancel()
+        answers = Answers([])
+        try:
+            with self._service.admitted(len(self._prompts), self._n):
+                requests = [await self._to_generate(prompt) for prompt in self._prompts]
+                answers = Answers(
+                    [Answer(self._service.client, r, self._service.metrics, self._asked_at) for r in requests]
+                )
+                watcher = asyncio.create_task(self._watch(receive, answers))
+                try:
+                    await self._answer(answers, send)
+                finally:
+                    watcher.cancel()
+                    answers.cancel()
+        except GenerateError as error:
+            if self._client_gone:
+                self._log("client gone", answers)
+                if self._started:
+                    return
+                raise ClientGone() from error
+            self._log("failed", answers, str(error))
+            raise of_outcome(error, self._prompt_field) from error
+        except ApiError as error:
+            self._log("rejected", answers, error.message)
+            raise
+
+    async def _answer(self, answers: Answers, send: Send) -> None:
+        async with aclosing(self._batches(answers)) as batches:
+            if self._body.stream:
+                await self._stream(batches, answers, send)
+            else:
+                await self._collect(batches, answers, send)
 
     async def _to_generate(self, prompt: Prompt) -> Generate:
         body, max_tokens = self._body, self._max_tokens
         tokens = await self._service.to_tokens(prompt, self._prompt_field)
+        self._prompt_ids.append(tokens.token_ids)
         if max_tokens is None:
             # If nothing is left, the router says so.
             max_tokens = max(1, await self._service.max_request_tokens() - len(tokens.token_ids))
@@ -154,11 +186,28 @@ class AnswerResponse(Response):
         return Generate(
             tag=0,
             prompt=tokens,
-            sampling=body.sampling(max_tokens),
+            sampling=body.sampling(max(1, max_tokens)),
             n=self._n,
             priority=body.priority or 0,
             cache_salt=body.cache_salt or "",
+            stop=body.stop_strings,
         )
+
+    async def _batches(self, answers: Answers) -> AsyncGenerator[tuple[int, list[Delta]]]:
+        """Deltas as they are shown, with the index of their prompt, whose echo is there before them."""
+        async with aclosing(answers.batches()) as batches:
+            async for index, deltas in batches:
+                if self._body.echoes and index not in self._echoes:
+                    self._echoes[index] = await self._echo(index, answers)
+                yield index, deltas if self._shows_answers else [_unshown(delta) for delta in deltas]
+
+    async def _echo(self, index: int, answers: Answers) -> Echo:
+        token_ids, logprobs = self._prompt_ids[index], answers.prompt_logprobs(index)
+        match self._prompts[index]:
+            case TextPrompt(text):
+                return Echo(text, token_ids, logprobs)
+        text = await self._service.on_thread(lambda: self._service.tokenizer.decode(token_ids))
+        return Echo(text, token_ids, logprobs)
 
     async def _watch(self, receive: Receive, answers: Answers) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -170,58 +219,88 @@ class AnswerResponse(Response):
         self, batches: AsyncGenerator[tuple[int, list[Delta]]], answers: Answers, send: Send
     ) -> None:
         """Send the whole answer at once."""
-        num_choices = self._n * len(self._prompts)
-        texts: list[list[str]] = [[] for _ in range(num_choices)]
-        finish_reasons: list[FinishReason] = ["stop"] * num_choices
-        async for prompt_index, deltas in batches:
+        choices: dict[int, list[WholeAnswer]] = {}
+        async for index, deltas in batches:
+            if index not in choices:
+                echo, prompt_ids = self._echoes.get(index), self._prompt_ids[index]
+                choices[index] = [WholeAnswer(echo, prompt_ids) for _ in range(self._n)]
             for delta in deltas:
-                choice = prompt_index * self._n + delta.index
-                texts[choice].append(delta.text)
-                if delta.finish_reason is not None:
-                    finish_reasons[choice] = delta.finish_reason
-        whole = [WholeAnswer("".join(t), reason) for t, reason in zip(texts, finish_reasons, strict=True)]
-        body = self._shape.whole(whole, total_usage(answers.usages))
+                choices[index][delta.index].append(delta)
+        whole = [choice for index in sorted(choices) for choice in choices[index]]
+        usage = self._usage(answers)
+        if self._body.num_logprobs is None:
+            body = self._shape.whole(whole, usage)
+        else:
+            body = await self._service.on_thread(lambda: self._shape.whole(whole, usage))
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
         await send(self._start(headers))
         await send({"type": "http.response.body", "body": body})
+        self._log("finished", answers)
 
     async def _stream(
         self, batches: AsyncGenerator[tuple[int, list[Delta]]], answers: Answers, send: Send
     ) -> None:
         """Send tokens as they come; those that came together share a write."""
         shape, n = self._shape, self._n
+        opened: set[int] = set()
         try:
-            async for prompt_index, deltas in batches:
-                events = [
-                    shape.event(prompt_index * n + delta.index, delta.text, delta.finish_reason)
-                    for delta in deltas
-                ]
+            async for index, deltas in batches:
+                events = []
+                if index not in opened:
+                    opened.add(index)
+                    events = await self._openings(index)
+                events += [shape.event(index * n + delta.index, delta) for delta in deltas]
                 if not self._started:
                     self._started = True
                     await send(self._start(STREAM_HEADERS))
-                    events = [shape.opening(index) for index in range(n * len(self._prompts))] + events
                 await send({"type": "http.response.body", "body": b"".join(events), "more_body": True})
         except GenerateError as error:
             if not self._started or self._client_gone:
                 raise
-            self._log(f"failed in the middle of the stream: {error}", answers)
             last = error_event(error_body(of_outcome(error, self._prompt_field)))
             await send({"type": "http.response.body", "body": last})
+            self._log("failed", answers, str(error))
             return
-        usage = shape.usage_event(total_usage(answers.usages)) if self._body.includes_usage else b""
+        usage = shape.usage_event(self._usage(answers)) if self._body.includes_usage else b""
         await send({"type": "http.response.body", "body": usage + DONE})
+        self._log("finished", answers)
+
+    async def _openings(self, index: int) -> list[bytes]:
+        """The events with which the answers to this prompt begin."""
+        shape, echo, prompt_ids = self._shape, self._echoes.get(index), self._prompt_ids[index]
+        choices = range(index * self._n, (index + 1) * self._n)
+        if echo is None or echo.logprobs is None:
+            return [shape.opening(choice, prompt_ids, echo) for choice in choices]
+        return await self._service.on_thread(
+            lambda: [shape.opening(choice, prompt_ids, echo) for choice in choices]
+        )
+
+    def _usage(self, answers: Answers) -> Usage:
+        return total_usage(answers.usages, shows_answers=self._shows_answers)
 
     def _start(self, headers: Sequence[tuple[bytes, bytes]]) -> Message:
         request_id = (b"x-request-id", self._shape.request_id.encode())
         return {"type": "http.response.start", "status": HTTPStatus.OK, "headers": [*headers, request_id]}
 
-    def _log(self, outcome: str, answers: Answers) -> None:
-        usage = total_usage(answers.usages)
+    def _log(self, outcome: str, answers: Answers, reason: str = "") -> None:
+        """The one line of a request. The router has an id for each prompt."""
+        usage = self._usage(answers)
         logger.info(
-            "%s: %s; %d prompt and %d answer tokens, %.3f s",
-            self._shape.request_id,
-            outcome,
-            usage.prompt_tokens,
-            usage.completion_tokens,
-            monotonic() - self._asked_at,
+            "request finished",
+            extra={
+                "request_id": ",".join(answers.request_ids),
+                "http_id": self._shape.request_id,
+                "outcome": outcome,
+                **({"reason": reason} if reason else {}),
+                "prompt_tokens": usage.prompt_tokens,
+                "cached_tokens": usage.prompt_tokens_details.cached_tokens,
+                "output_tokens": usage.completion_tokens,
+                "seconds": round(monotonic() - self._asked_at, 3),
+            },
         )
+
+
+def _unshown(delta: Delta) -> Delta:
+    """What is left of an answer that is only there because there must be one."""
+    logprobs: list[TokenLogprobs] | None = None if delta.logprobs is None else []
+    return Delta(delta.tag, "", [], delta.index, delta.finish_reason and "length", logprobs)

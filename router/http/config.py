@@ -1,14 +1,10 @@
 """What an HTTP server is told when it starts."""
 
-import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pdengine.transport.sockets import AddressError, split_tcp_address
-
-
-class InsecureAddress(AddressError):
-    """The server would be open to other hosts, and asks for no key."""
+from pdengine.transport.keys import PeerKeys
+from pdengine.transport.sockets import AddressError, InsecureAddress, is_loopback, split_tcp_address
 
 
 class ApiKeysError(ValueError):
@@ -24,7 +20,8 @@ class HttpConfig:
     max_body_bytes, max_prompts: of one request. max_in_flight: answers, n for each prompt, of all requests
     that are served at once; more get 429. head_seconds, body_seconds: for a request to arrive.
     write_seconds: a client that reads nothing for so long is disconnected. drain_seconds: what `close` leaves
-    to requests in flight. connect_seconds: for the router to answer.
+    to requests in flight. connect_seconds: for the router to answer. router_keys: for a router that
+    asks for keys.
     """
 
     address: str
@@ -40,6 +37,7 @@ class HttpConfig:
     write_seconds: float = 60.0
     drain_seconds: float = 30.0
     connect_seconds: float = 5.0
+    router_keys: PeerKeys | None = None
 
 
 def split_http_address(address: str) -> tuple[str, int]:
@@ -56,19 +54,12 @@ def split_http_address(address: str) -> tuple[str, int]:
 def check_exposure(address: str, *, has_keys: bool, insecure: bool) -> None:
     """Raise InsecureAddress if other hosts could reach `address` and no key is asked for."""
     host, _ = split_http_address(address)
-    if has_keys or insecure or _is_loopback(host):
+    if has_keys or insecure or is_loopback(host):
         return
     raise InsecureAddress(
         f"HTTP address {address} can be reached from other hosts, and no key is asked for: give --api-keys, "
         f"or --insecure if the network is trusted"
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def read_api_keys(path: Path) -> tuple[str, ...]:

@@ -12,7 +12,6 @@ from pdengine.router.http.errors import ApiError
 IGNORED = frozenset(
     {
         "early_stopping",  # of beam search
-        "include_stop_str_in_output",
         "length_penalty",  # of beam search
         "metadata",
         "parallel_tool_calls",  # without tools there are none
@@ -21,7 +20,6 @@ IGNORED = frozenset(
         "prompt_cache_options",
         "prompt_cache_retention",
         "request_id",
-        "return_tokens_as_token_ids",  # of logprobs
         "safety_identifier",
         "service_tier",
         "spaces_between_special_tokens",
@@ -39,20 +37,15 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
     "documents": ([],),
-    "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logit_bias": ({},),
+    "include_stop_str_in_output": (False,),
     "logits_processors": ([],),
-    "min_tokens": (0,),
     "modalities": (["text"],),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
     "skip_special_tokens": (True,),
-    "stop": ([], ""),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
@@ -61,12 +54,11 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
 NEUTRAL_IN_CHAT: Mapping[str, tuple[object, ...]] = {
     **NEUTRAL,
     "add_special_tokens": (False,),  # the chat template has them
-    "logprobs": (False,),
-    "top_logprobs": (0,),
+    "echo": (False,),
 }
 # Of a message, so that what the server answered can be sent back as part of the next prompt.
 NEUTRAL_IN_MESSAGE: Mapping[str, tuple[object, ...]] = {"annotations": ([],), "tool_calls": ([],)}
-OF_LOGPROBS = frozenset({"logprobs", "prompt_logprobs", "top_logprobs"})
+OF_LOGPROBS = frozenset({"prompt_logprobs", "top_logprobs"})
 
 
 def check_unknown(

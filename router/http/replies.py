@@ -22,13 +22,26 @@ class Usage(msgspec.Struct, frozen=True):
     prompt_tokens_details: PromptTokensDetails
 
 
+class CompletionLogprobs(msgspec.Struct, frozen=True):
+    """Of each token, in parallel lists. The first token of a prompt has no log probability.
+
+    text_offset: characters of the choice's text before the token. top_logprobs: by token; the likeliest ones,
+    and the token itself.
+    """
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
 class CompletionChoice(msgspec.Struct, frozen=True):
     """Of a whole completion, or of a chunk, where `finish_reason` comes with the last one."""
 
     index: int
     text: str
     finish_reason: FinishReason | None
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
 
 
 class Completion(msgspec.Struct, frozen=True):
@@ -48,11 +61,31 @@ class ChatMessage(msgspec.Struct, frozen=True):
     refusal: None = None
 
 
+class TopLogprob(msgspec.Struct, frozen=True):
+    """bytes: of the token's text in UTF-8; the text of a token may be part of a character."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(msgspec.Struct, frozen=True):
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct, frozen=True):
+    content: list[ChatTokenLogprob]
+    refusal: None = None
+
+
 class ChatChoice(msgspec.Struct, frozen=True):
     index: int
     message: ChatMessage
     finish_reason: FinishReason
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
 
 
 class ChatCompletion(msgspec.Struct, frozen=True):
@@ -75,7 +108,7 @@ class ChatChunkChoice(msgspec.Struct, frozen=True):
     index: int
     delta: ChatDelta
     finish_reason: FinishReason | None = None
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
 
 
 class ChatChunk(msgspec.Struct, frozen=True):
@@ -152,10 +185,10 @@ DOCUMENTED = (
 )
 
 
-def total_usage(usages: list[RouterUsage]) -> Usage:
-    """Of all prompts of a request together."""
+def total_usage(usages: list[RouterUsage], *, shows_answers: bool = True) -> Usage:
+    """Of all prompts of a request together. shows_answers: or only the prompts."""
     prompt_tokens = sum(usage.prompt_tokens for usage in usages)
-    completion_tokens = sum(usage.completion_tokens for usage in usages)
+    completion_tokens = sum(usage.completion_tokens for usage in usages) if shows_answers else 0
     cached_tokens = sum(usage.cached_tokens for usage in usages)
     total = prompt_tokens + completion_tokens
     return Usage(prompt_tokens, completion_tokens, total, PromptTokensDetails(cached_tokens))

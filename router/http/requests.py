@@ -8,9 +8,26 @@ wrong: an error for each of a million entries would take gigabytes.
 from typing import Annotated, Any, Literal, TypeAlias
 
 from annotated_types import Ge, Gt, Le, Len, Lt
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+)
 
-from pdengine.router.admission import MAX_CHOICES, MAX_SALT_CHARACTERS, MAX_STOP_TOKENS
+from pdengine.router.admission import (
+    MAX_BIASED_TOKENS,
+    MAX_CHOICES,
+    MAX_LOGPROBS,
+    MAX_SALT_CHARACTERS,
+    MAX_STOP_CHARACTERS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKENS,
+)
 from pdengine.transport.messages import SamplingParams
 
 
@@ -56,6 +73,22 @@ Prompt: TypeAlias = Annotated[
     ),
 ]
 Number: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]
+Penalty: TypeAlias = Annotated[Number, Ge(-2), Le(2)]
+NumLogprobs: TypeAlias = Annotated[int, Ge(0), Le(MAX_LOGPROBS)]
+
+
+def _not_too_many(value: object) -> object:
+    """Before the entries are looked at: each that is wrong is an error of its own."""
+    if isinstance(value, dict) and len(value) > MAX_BIASED_TOKENS:
+        raise ValueError(f"{len(value)} entries, the limit is {MAX_BIASED_TOKENS}")
+    return value
+
+
+LogitBias: TypeAlias = Annotated[
+    dict[Annotated[str, StringConstraints(pattern="^[0-9]{1,10}$")], Annotated[Number, Ge(-100), Le(100)]],
+    BeforeValidator(_not_too_many),
+]
+StopString: TypeAlias = Annotated[Text, Len(1, MAX_STOP_CHARACTERS)]
 
 
 class Body(BaseModel):
@@ -79,7 +112,17 @@ class SamplingBody(Body):
     min_p: Annotated[Number, Ge(0), Le(1)] | None = 0.0
     seed: Annotated[int, Ge(-(2**63)), Lt(2**63)] | None = None
     stop_token_ids: Annotated[list[TokenId], FAIL_FAST, Len(0, MAX_STOP_TOKENS)] | None = None
+    stop: (
+        Annotated[Text, Len(0, MAX_STOP_CHARACTERS)]
+        | Annotated[list[StopString], FAIL_FAST, Len(0, MAX_STOP_STRINGS)]
+        | None
+    ) = Field(None, description=f"{MAX_STOP_CHARACTERS} characters at most, in all.")
+    min_tokens: Annotated[int, Ge(0), Lt(2**31)] | None = 0
     ignore_eos: bool | None = False
+    presence_penalty: Penalty | None = 0.0
+    frequency_penalty: Penalty | None = 0.0
+    repetition_penalty: Annotated[Number, Gt(0)] | None = 1.0
+    logit_bias: LogitBias | None = Field(None, description="Token ids to what is added to their logits.")
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: Text | None = Field(None, description="Ignored.")
@@ -99,7 +142,29 @@ class SamplingBody(Body):
             seed=self.seed,
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
+            min_tokens=self.min_tokens or 0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            logit_bias={int(token_id): bias for token_id, bias in (self.logit_bias or {}).items()},
+            logprobs=self.num_logprobs,
+            prompt_logprobs=self.num_logprobs if self.echoes else None,
         )
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are told of beside each token; None for not even that one."""
+        return None
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the prompt comes before the answer."""
+        return False
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(string for string in stop if string)
 
     @property
     def includes_usage(self) -> bool:
@@ -111,7 +176,17 @@ MaxTokens: TypeAlias = Annotated[int, Ge(1), Lt(2**31)]
 
 class CompletionBody(SamplingBody):
     prompt: Prompt
-    max_tokens: MaxTokens | None = 16
+    max_tokens: Annotated[int, Ge(0), Lt(2**31)] | None = Field(16, description="0: only with echo.")
+    logprobs: NumLogprobs | None = None
+    echo: bool | None = Field(False, description="The prompt comes before its answers.")
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def echoes(self) -> bool:
+        return bool(self.echo)
 
 
 class TextPart(Body):
@@ -138,6 +213,12 @@ class ChatBody(SamplingBody):
     max_completion_tokens: MaxTokens | None = Field(
         None, description="The newer name of max_tokens, which it precedes."
     )
+    logprobs: bool | None = False
+    top_logprobs: NumLogprobs | None = Field(None, description="Only with logprobs.")
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class TokenizeBody(Body):

@@ -5,18 +5,17 @@ loop. Both still share the interpreter's lock; a process of its own shares nothi
 """
 
 import asyncio
-import contextlib
 import logging
-import resource
 import socket
 import threading
 from collections.abc import Callable
+from time import monotonic
 from types import TracebackType
 from typing import Self
 
 import uvicorn
 import uvloop
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from pdengine.router.http.app import make_app
 from pdengine.router.http.config import HttpConfig, split_http_address
@@ -28,6 +27,8 @@ logger = logging.getLogger(__name__)
 BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 75  # longer than the 60 s for which proxies usually keep connections
 MAX_HEAD_BYTES = 64 * 2**10
+MAX_PIPELINED = 16
+TURN_SECONDS = 0.25
 
 
 class HttpServer:
@@ -47,6 +48,7 @@ class HttpServer:
         self.error: BaseException | None = None
         self._server: uvicorn.Server | None = None
         self._closing = False
+        self._turned_at = monotonic()
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, name="http", daemon=True)
 
@@ -66,6 +68,10 @@ class HttpServer:
         if self._thread.ident is not None:
             self._thread.join()
         self._socket.close()
+
+    def loop_age(self) -> float:
+        """Seconds since the server's loop last turned: well under a second unless it hangs."""
+        return monotonic() - self._turned_at
 
     def __enter__(self) -> Self:
         self.start()
@@ -91,12 +97,19 @@ class HttpServer:
 
     async def _serve(self) -> None:
         service = Service(self._config)
+        turning = asyncio.create_task(self._turn())
         try:
             self._server = _Server(self._uvicorn_config(service), self._started)
             if not self._closing:
                 await self._server.serve(sockets=[self._socket])
         finally:
+            turning.cancel()
             await service.close()
+
+    async def _turn(self) -> None:
+        while True:
+            self._turned_at = monotonic()
+            await asyncio.sleep(TURN_SECONDS)
 
     def _uvicorn_config(self, service: Service) -> uvicorn.Config:
         return uvicorn.Config(
@@ -129,13 +142,15 @@ class _Server(uvicorn.Server):
 
 def _protocol(head_seconds: float) -> type[HttpToolsProtocol]:
     """uvicorn's protocol, with limits of time and of size that it lacks: for the head of a request, for what
-    is in a body but no part of it (trailers), and for a body that is still to come after the response.
+    is in a body but no part of it (trailers), and for a body that is still to come after the response. And a
+    client that sends several requests at once and leaves ends the one that is being answered.
     """
 
     class Protocol(HttpToolsProtocol):
         _head_bytes = 0  # or of trailers and chunk extensions, since the body last went on
         _head_deadline: asyncio.TimerHandle | None = None
         _rest_deadline: asyncio.TimerHandle | None = None
+        _answered: RequestResponseCycle | None = None  # now; `cycle` is the one that came last
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -144,6 +159,9 @@ def _protocol(head_seconds: float) -> type[HttpToolsProtocol]:
         def connection_lost(self, exc: Exception | None) -> None:
             self._end_head()
             self._end_rest()
+            if self._answered is not None and not self._answered.response_complete:
+                self._answered.disconnected = True
+                self._answered.message_event.set()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
@@ -169,6 +187,10 @@ def _protocol(head_seconds: float) -> type[HttpToolsProtocol]:
         def on_headers_complete(self) -> None:
             self._end_head()
             super().on_headers_complete()
+            if not self.pipeline:
+                self._answered = self.cycle
+            elif len(self.pipeline) <= MAX_PIPELINED:
+                self.flow.resume_reading()  # or nobody would notice that the client leaves
 
         def on_body(self, body: bytes) -> None:
             self._head_bytes = 0
@@ -180,6 +202,8 @@ def _protocol(head_seconds: float) -> type[HttpToolsProtocol]:
 
         def on_response_complete(self) -> None:
             is_last = not self.pipeline  # pipelined requests follow a complete one
+            if self.pipeline:
+                self._answered, _ = self.pipeline[-1]
             super().on_response_complete()
             # Not at once: closing while bytes arrive resets the connection, and the client, which may be
             # sending a small body still, would not see why it was refused.
@@ -216,10 +240,3 @@ def _listen(address: str, host: str, port: int, write_seconds: float) -> socket.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(write_seconds * 1000))
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
-
-
-def raise_file_limit() -> None:
-    """Every connection is a file; the usual soft limit of 1024 is there for select(), which is not used."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

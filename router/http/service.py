@@ -15,6 +15,7 @@ from pdengine.models.tokenizer import Tokenizer
 from pdengine.router.admission import InvalidRequest, tokenize
 from pdengine.router.http.config import HttpConfig
 from pdengine.router.http.errors import RETRY_SECONDS, ApiError, of_outcome, unavailable
+from pdengine.router.http.logprobs import TokenNames
 from pdengine.router.http.metrics import HttpMetrics
 from pdengine.transport.messages import Prompt, Status, TokenPrompt
 
@@ -34,11 +35,12 @@ class Service:
         self.created = int(time())
         self.metrics = HttpMetrics()
         self.tokenizer = Tokenizer.load(config.model_directory)
-        model_config = load_config(config.model_directory)
-        self.max_model_len = model_config.max_position_embeddings
-        self._vocab_size = model_config.vocab_size
+        self.token_names = TokenNames(self.tokenizer)
+        self.max_model_len = load_config(config.model_directory).max_position_embeddings
         self._threads = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="http-tokenizer")
-        self.client = AsyncClient(config.router_address, connect_timeout=config.connect_seconds)
+        self.client = AsyncClient(
+            config.router_address, keys=config.router_keys, connect_timeout=config.connect_seconds
+        )
         self._num_answers = 0
         self._asking = asyncio.Lock()
         self._status: Status | str = ""  # or why there is none
@@ -69,6 +71,13 @@ class Service:
                 param="prompt",
             )
         num_answers = num_prompts * n
+        if num_answers > config.max_in_flight:
+            raise ApiError(
+                HTTPStatus.BAD_REQUEST,
+                f"{num_answers} answers are asked for, n to each prompt, the limit of all that are written "
+                f"at once is {config.max_in_flight}",
+                param="n" if n > 1 else "prompt",
+            )
         if self._num_answers + num_answers > config.max_in_flight:
             raise ApiError(
                 HTTPStatus.TOO_MANY_REQUESTS,
@@ -88,9 +97,7 @@ class Service:
         if isinstance(prompt, TokenPrompt):
             return prompt
         try:
-            return TokenPrompt(
-                await self.on_thread(lambda: tokenize(prompt, self.tokenizer, self._vocab_size))
-            )
+            return TokenPrompt(await self.on_thread(lambda: tokenize(prompt, self.tokenizer)))
         except InvalidRequest as error:
             raise of_outcome(error, field) from error
 

@@ -90,6 +90,21 @@ def test_byte_level_text_survives(text):
     assert tokenizer.decode(tokenizer.encode(text)[1:], skip_special_tokens=False) == text
 
 
+@pytest.mark.parametrize("kind", ["byte-level", "metaspace", "gemma"])
+@pytest.mark.parametrize("text", [*TEXTS, "<tool> 東京都"])
+def test_the_bytes_of_tokens_are_those_of_their_text(loaded, kind, text):
+    tokenizer, _ = loaded[kind]
+    ids = [i for i in tokenizer.encode(text) if tokenizer.visible_token(i) is not None]
+    content = b"".join(tokenizer.token_bytes(i) for i in ids).decode()
+    assert content in (tokenizer.decode(ids), " " + tokenizer.decode(ids))  # a leading space may be dropped
+
+
+def test_the_bytes_of_special_tokens_and_of_none(directory):
+    tokenizer = Tokenizer.load(directory)
+    assert tokenizer.token_bytes(tokenizer.encode("the")[0]) == BOS.encode()
+    assert tokenizer.token_bytes(tokenizer.vocab_size) == b""
+
+
 def test_chat_has_one_bos(directory):
     tokenizer = Tokenizer.load(directory)
     bos = small_bpe_tokenizer().token_to_id(BOS)

@@ -21,6 +21,7 @@ from pdengine.router.admission import (
     MAX_TOKENS_OF_CHOICES,
     InvalidRequest,
     check_fits,
+    check_prompt_ids,
     check_request,
     check_sampling,
     tokenize,
@@ -46,7 +47,7 @@ def generate(**fields: Any) -> Generate:
 
 def refusal(prompt: Prompt, tokenizer: Tokenizer = TOKENIZER) -> str:
     with pytest.raises(InvalidRequest) as caught:
-        tokenize(prompt, tokenizer, VOCAB_SIZE)
+        check_prompt_ids(tokenize(prompt, tokenizer), VOCAB_SIZE)
     assert caught.value.field == "prompt"
     return str(caught.value)
 
@@ -67,6 +68,17 @@ def refusal(prompt: Prompt, tokenizer: Tokenizer = TOKENIZER) -> str:
         ("top_p", 1.01, "above 0 and at most 1"),
         ("top_p", -1.0, "above 0 and at most 1"),
         ("top_p", math.nan, "above 0 and at most 1"),
+        ("min_tokens", -1, "at least 0 and at most max_tokens, which is 16"),
+        ("min_tokens", 17, "at least 0 and at most max_tokens, which is 16"),
+        ("presence_penalty", -2.1, "at least -2 and at most 2"),
+        ("presence_penalty", math.nan, "at least -2 and at most 2"),
+        ("frequency_penalty", 2.1, "at least -2 and at most 2"),
+        ("repetition_penalty", 0.0, "a finite number above 0"),
+        ("repetition_penalty", math.inf, "a finite number above 0"),
+        ("repetition_penalty", math.nan, "a finite number above 0"),
+        ("logprobs", -1, "at least 0 and at most 20"),
+        ("logprobs", 21, "at least 0 and at most 20"),
+        ("prompt_logprobs", 21, "at least 0 and at most 20"),
         ("seed", 2**64, "fit in 64 bits"),
         ("seed", -(2**63) - 1, "fit in 64 bits"),
     ],
@@ -93,6 +105,22 @@ def test_too_many_stop_tokens() -> None:
     assert caught.value.field == "stop_token_ids"
 
 
+@pytest.mark.parametrize(
+    ("bias", "sentence"),
+    [
+        ({VOCAB_SIZE: 1.0}, "logit_bias has token id 569, the vocabulary is 0 to 568"),
+        ({-1: 1.0}, "logit_bias has token id -1, the vocabulary is 0 to 568"),
+        ({5: 100.5}, "logit_bias of token 5 is 100.5, it must be at least -100 and at most 100"),
+        ({5: math.nan}, "logit_bias of token 5 is nan, it must be at least -100 and at most 100"),
+        (dict.fromkeys(range(1025), 1.0), "logit_bias has 1025 entries, the limit is 1024"),
+    ],
+)
+def test_biases_out_of_range(bias: dict[int, float], sentence: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        check_sampling(SamplingParams(logit_bias=bias), VOCAB_SIZE)
+    assert (caught.value.field, str(caught.value)) == ("logit_bias", sentence)
+
+
 @pytest.mark.parametrize("timeout", [0.0, -1.0, math.nan, math.inf])
 def test_timeouts_that_are_none(timeout: float) -> None:
     with pytest.raises(InvalidRequest, match="positive number of seconds") as caught:
@@ -111,15 +139,25 @@ def test_timeouts_that_are_none(timeout: float) -> None:
         seed=st.none() | st.integers(-(2**63), 2**64 - 1),
         stop_token_ids=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=5).map(tuple),
         ignore_eos=st.booleans(),
+        min_tokens=st.integers(0, 1),
+        presence_penalty=st.floats(-2, 2),
+        frequency_penalty=st.floats(-2, 2),
+        repetition_penalty=st.floats(0, exclude_min=True, allow_infinity=False),
+        logit_bias=st.dictionaries(st.integers(0, VOCAB_SIZE - 1), st.floats(-100, 100), max_size=5),
+        logprobs=st.none() | st.integers(0, 20),
+        prompt_logprobs=st.none() | st.integers(0, 20),
     ),
     st.none() | st.floats(0, exclude_min=True, allow_infinity=False),
     st.integers(-(2**31), 2**31 - 1),
     st.text(max_size=MAX_SALT_CHARACTERS),
+    st.lists(st.text(min_size=1, max_size=64), max_size=16).map(tuple),
 )
 def test_everything_in_range_is_taken(
-    sampling: SamplingParams, timeout: float | None, priority: int, cache_salt: str
+    sampling: SamplingParams, timeout: float | None, priority: int, cache_salt: str, stop: tuple[str, ...]
 ) -> None:
-    request = Generate(1, TextPrompt(""), sampling, timeout, priority=priority, cache_salt=cache_salt)
+    request = Generate(
+        1, TextPrompt(""), sampling, timeout, priority=priority, cache_salt=cache_salt, stop=stop
+    )
     check_request(request, VOCAB_SIZE)
 
 
@@ -132,6 +170,9 @@ def test_everything_in_range_is_taken(
         ("priority", 2**31, "priority is 2147483648, it must fit in 32 bits"),
         ("priority", -(2**31) - 1, "priority is -2147483649, it must fit in 32 bits"),
         ("cache_salt", "x" * 257, "cache_salt has 257 characters, the limit is 256"),
+        ("stop", ("x",) * 17, "stop has 17 strings, the limit is 16"),
+        ("stop", ("x" * 1000, "y" * 25), "stop has 1025 characters in all, the limit is 1024"),
+        ("stop", ("x", ""), "stop has an empty string in it, each must have at least one character"),
     ],
 )
 def test_requests_out_of_range(field: str, value: Any, sentence: str) -> None:
@@ -157,11 +198,11 @@ def test_the_tokens_of_several_answers_are_limited_together() -> None:
 
 
 def test_prompts_become_tokens() -> None:
-    assert tokenize(TextPrompt("The red violin"), TOKENIZER, VOCAB_SIZE) == [0, 559, 383, 512]
-    assert tokenize(TokenPrompt([0, 559, VOCAB_SIZE - 1]), TOKENIZER, VOCAB_SIZE) == [0, 559, VOCAB_SIZE - 1]
+    assert tokenize(TextPrompt("The red violin"), TOKENIZER) == [0, 559, 383, 512]
+    assert tokenize(TokenPrompt([0, 559, VOCAB_SIZE - 1]), TOKENIZER) == [0, 559, VOCAB_SIZE - 1]
     turn = ChatMessage("user", "The red violin")
     chat = TOKENIZER.encode_chat([{"role": "user", "content": "The red violin"}])
-    assert tokenize(ChatPrompt([turn]), TOKENIZER, VOCAB_SIZE) == chat
+    assert tokenize(ChatPrompt([turn]), TOKENIZER) == chat
 
 
 @pytest.mark.parametrize(
@@ -180,7 +221,7 @@ def test_prompt_ids_outside_the_vocabulary(token_id: int) -> None:
 def test_text_with_a_token_that_the_model_has_no_embedding_for() -> None:
     [*_, largest] = sorted(TOKENIZER.encode("The red violin"))
     with pytest.raises(InvalidRequest, match=f"token id {largest}, the vocabulary is 0 to {largest - 1}"):
-        tokenize(TextPrompt("The red violin"), TOKENIZER, largest)
+        check_prompt_ids(tokenize(TextPrompt("The red violin"), TOKENIZER), largest)
 
 
 HUGE = "x" * (MAX_TEXT_CHARACTERS + 1)
@@ -229,7 +270,7 @@ def test_a_template_that_refuses_the_messages(plain_model: Path) -> None:
 @given(st.text())
 def test_any_text_is_taken(text: str) -> None:
     if text:
-        token_ids = tokenize(TextPrompt(text), TOKENIZER, VOCAB_SIZE)
+        token_ids = tokenize(TextPrompt(text), TOKENIZER)
         assert TOKENIZER.decode(token_ids) == text
 
 
@@ -245,42 +286,54 @@ def registry_of(*sizes: tuple[str, int, int]) -> Registry:
     return registry
 
 
+def check(num_prompt_tokens: int, max_tokens: int, registry: Registry) -> None:
+    check_fits(num_prompt_tokens, SamplingParams(max_tokens=max_tokens), registry.limits)
+
+
 def test_the_context_is_the_smallest_of_all_workers() -> None:
     registry = registry_of(("unified", 100, 50), ("unified", 100, 40))
-    check_fits(30, 10, registry)
+    check(30, 10, registry)
     with pytest.raises(InvalidRequest, match="together 41, the model's context is 40") as caught:
-        check_fits(30, 11, registry)
+        check(30, 11, registry)
     assert caught.value.field == "max_tokens"
     with pytest.raises(InvalidRequest, match="prompt has 40 tokens, the model's context is 40") as caught:
-        check_fits(40, 1, registry)
+        check(40, 1, registry)
     assert caught.value.field == "prompt"
 
 
 def test_the_kv_cache_must_hold_all_but_the_last_token() -> None:
     capacity = 3 * BLOCK_SIZE
     registry = registry_of(("unified", 3, 1000))
-    check_fits(capacity, 1, registry)
-    check_fits(1, capacity, registry)
+    check(capacity, 1, registry)
+    check(1, capacity, registry)
     with pytest.raises(InvalidRequest, match=f"the largest KV cache holds {capacity}") as caught:
-        check_fits(capacity, 2, registry)
+        check(capacity, 2, registry)
     assert caught.value.field == "max_tokens"
     with pytest.raises(InvalidRequest, match=f"the largest KV cache holds {capacity}") as caught:
-        check_fits(capacity + 1, 1, registry)
+        check(capacity + 1, 1, registry)
     assert caught.value.field == "prompt"
 
 
 def test_prompts_are_held_where_they_are_computed_and_answers_where_they_are_written() -> None:
     registry = registry_of(("prefill", 2, 1000), ("decode", 4, 1000))
-    check_fits(2 * BLOCK_SIZE, 2 * BLOCK_SIZE + 1, registry)
+    check(2 * BLOCK_SIZE, 2 * BLOCK_SIZE + 1, registry)
     with pytest.raises(InvalidRequest) as caught:
-        check_fits(2 * BLOCK_SIZE + 1, 1, registry)
+        check(2 * BLOCK_SIZE + 1, 1, registry)
     assert caught.value.field == "prompt"
     with pytest.raises(InvalidRequest) as caught:
-        check_fits(2 * BLOCK_SIZE, 2 * BLOCK_SIZE + 2, registry)
+        check(2 * BLOCK_SIZE, 2 * BLOCK_SIZE + 2, registry)
     assert caught.value.field == "max_tokens"
+
+
+def test_the_log_probabilities_of_a_prompt_are_limited_together() -> None:
+    limits = registry_of(("unified", 10**6, 10**6)).limits
+    check_fits(2**19, SamplingParams(prompt_logprobs=1), limits)
+    with pytest.raises(InvalidRequest, match="together 1572864 log probabilities") as caught:
+        check_fits(2**19, SamplingParams(prompt_logprobs=2), limits)
+    assert caught.value.field == "prompt_logprobs"
 
 
 def test_nothing_fits_without_workers() -> None:
     with pytest.raises(InvalidRequest, match="no worker has joined this router yet") as caught:
-        check_fits(1, 1, Registry(MODEL))
+        check(1, 1, Registry(MODEL))
     assert caught.value.field is None

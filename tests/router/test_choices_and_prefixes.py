@@ -118,7 +118,7 @@ async def test_each_answer_has_its_own_unfinished_character() -> None:
         worker = await cluster.worker("unified")
         answer = ask(cluster, n=2)
         work = (await worker.expect(PrefillAndDecode)).work
-        first_byte, second_byte = cluster.router._tokenizer.encode("é")[1:]
+        first_byte, second_byte = cluster.router._intake._tokenizer.encode("é")[1:]
         for choice in (0, 1):
             worker.send_tokens(work, first_byte, choice=choice)
         worker.send_tokens(work, second_byte, skip=1, choice=0, finish_reason="length")
@@ -346,7 +346,7 @@ async def test_names_for_blocks_of_another_size_are_dropped(monkeypatch: pytest.
     def for_others(model: str, salt: str, token_ids: list[int], block_size: int) -> PromptPrefix:
         return name_prefix(model, salt, token_ids, 2 * block_size)
 
-    monkeypatch.setattr("pdengine.router.router.name_prefix", for_others)
+    monkeypatch.setattr("pdengine.router.intake.name_prefix", for_others)
     async with running_cluster() as cluster:
         worker = await cluster.worker("unified")
         answer = ask(cluster, LONG)

@@ -6,7 +6,7 @@ import pytest
 from fake_cluster import on_event_loop
 
 from pdengine.client import Cancelled, Failed
-from pdengine.client.async_client import Reply
+from pdengine.client.connection import Reply
 from pdengine.router.http.answers import Answer, Answers
 from pdengine.router.http.metrics import HttpMetrics
 from pdengine.transport import messages

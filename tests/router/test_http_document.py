@@ -52,6 +52,8 @@ class TerseRouter(RouterThread):
     async def _echo(self, worker: FakeWorker) -> None:
         while True:
             work = (await worker.wait_for(PrefillAndDecode)).work
+            if work.sampling.prompt_logprobs is not None:
+                worker.send_scored(work)
             for choice in work.choices:
                 worker.send_tokens(work, 300, choice=choice.index, finish_reason="length")
 

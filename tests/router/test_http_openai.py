@@ -1,6 +1,7 @@
 """OpenAI's own client library against the server, with a worker that repeats the prompt."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
@@ -100,9 +101,9 @@ def test_errors_are_those_of_the_library(client: openai.OpenAI) -> None:
     assert not_found.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as bad:
         client.chat.completions.create(
-            model=MODEL, messages=[{"role": "user", "content": "a"}], logprobs=True
+            model=MODEL, messages=[{"role": "user", "content": "a"}], logprobs=True, top_logprobs=21
         )
-    assert bad.value.param == "logprobs"
+    assert bad.value.param == "top_logprobs"
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="other").models.list()
     assert [model.id for model in client.models.list()] == [MODEL]
@@ -115,3 +116,69 @@ def test_a_stream_that_is_closed_cancels_its_request(client: openai.OpenAI, rout
     with client.completions.create(model=MODEL, prompt=[300, HOLD, 301], max_tokens=9, stream=True) as stream:
         assert next(stream).choices[0].text == TOKENIZER.decode([300])
     assert router.next_aborted() == router.next_work().work.request_id
+
+
+def test_log_probabilities_of_completions(client: openai.OpenAI) -> None:
+    completion = client.completions.create(model=MODEL, prompt=WORDS, max_tokens=3, logprobs=2, echo=True)
+    [choice] = completion.choices
+    assert choice.text == TEXT + TOKENIZER.decode(WORDS[:3])
+    assert choice.logprobs is not None
+    assert choice.logprobs.tokens == [TOKENIZER.decode([word]) for word in WORDS + WORDS[:3]]
+    assert choice.logprobs.token_logprobs is not None
+    assert choice.logprobs.token_logprobs[1:] == [-word / 1000 for word in (WORDS + WORDS[:3])[1:]]
+    assert choice.logprobs.top_logprobs is not None
+    assert {len(top) for top in choice.logprobs.top_logprobs[1:]} == {3}
+    chunks = client.completions.create(model=MODEL, prompt=WORDS, max_tokens=2, logprobs=0, stream=True)
+    pieces = [chunk.choices[0].logprobs for chunk in chunks]
+    assert [piece.token_logprobs for piece in pieces if piece] == [[-word / 1000] for word in WORDS[:2]]
+
+
+def test_log_probabilities_of_chat(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": TEXT}],
+        "max_tokens": 2,
+        "logprobs": True,
+        "top_logprobs": 3,
+    }
+    [choice] = client.chat.completions.create(**options).choices
+    assert choice.logprobs is not None
+    content = choice.logprobs.content
+    assert content is not None
+    assert all(entry.bytes == list(entry.token.encode()) for entry in content)
+    assert [len(entry.top_logprobs) for entry in content] == [3, 3]
+    chunks = client.chat.completions.create(**options, stream=True)
+    pieces = [chunk.choices[0].logprobs for chunk in chunks]
+    assert [entry for piece in pieces if piece for entry in piece.content or []] == content
+
+
+def test_a_stop_string(client: openai.OpenAI) -> None:
+    stop = TOKENIZER.decode(WORDS[2:4])
+    expected = TEXT[: TEXT.index(stop)]
+    completion = client.completions.create(model=MODEL, prompt=WORDS, max_tokens=6, stop=[stop, "never"])
+    assert (completion.choices[0].text, completion.choices[0].finish_reason) == (expected, "stop")
+    chunks = list(client.completions.create(model=MODEL, prompt=WORDS, max_tokens=6, stop=stop, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == expected
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_other_fields_reach_the_worker(client: openai.OpenAI, router: RouterThread) -> None:
+    while not router.work.empty():
+        router.next_work()
+    client.completions.create(
+        model=MODEL,
+        prompt=WORDS,
+        max_tokens=2,
+        presence_penalty=1,
+        frequency_penalty=-1,
+        logit_bias={"300": -100},
+        user="somebody",
+        extra_body={"min_tokens": 1, "repetition_penalty": 1.5},
+    )
+    sampling = router.next_work().work.sampling
+    assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.logit_bias) == (
+        1,
+        -1,
+        {300: -100},
+    )
+    assert (sampling.min_tokens, sampling.repetition_penalty) == (1, 1.5)

@@ -22,6 +22,7 @@ from pdengine.router.http.fields import (
 )
 from pdengine.router.http.requests import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from pdengine.transport.messages import Abort
+from pdengine.transport.sockets import raise_file_limit
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 KEYS = ("first-key", "second-key")
@@ -46,7 +47,7 @@ WRONG_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": [10**6]}, "prompt", "vocabulary"),
     ({"prompt": "\ud800"}, "prompt", "surrogate"),
     ({"prompt": ["a"] * 129}, "prompt", "the limit is 128"),
-    ({"prompt": "a", "max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+    ({"prompt": "a", "max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
     ({"prompt": "a", "max_tokens": 10**6}, "max_tokens", "2048"),
     ({"prompt": "a", "max_tokens": "5"}, "max_tokens", "integer"),
     ({"prompt": "a", "n": 129}, "n", "128"),
@@ -63,15 +64,31 @@ WRONG_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options", "only with stream"),
     ({"prompt": "a", "messages": MESSAGES}, "messages", "no such field"),
     ({"prompt": "a", "tempreature": 1}, "tempreature", "no such field"),
-    ({"prompt": "a", "logprobs": 0}, "logprobs", "not supported"),
-    ({"prompt": "a", "stop": ["."]}, "stop", "not supported"),
-    ({"prompt": "a", "stop": "."}, "stop", "not supported"),
-    ({"prompt": "a", "min_tokens": 1}, "min_tokens", "not supported"),
-    ({"prompt": "a", "presence_penalty": 0.5}, "presence_penalty", "not supported"),
-    ({"prompt": "a", "frequency_penalty": -1}, "frequency_penalty", "not supported"),
-    ({"prompt": "a", "repetition_penalty": 1.1}, "repetition_penalty", "not supported"),
-    ({"prompt": "a", "logit_bias": {"5": 1}}, "logit_bias", "not supported"),
-    ({"prompt": "a", "echo": True}, "echo", "not supported"),
+    ({"prompt": "a", "max_tokens": 0, "echo": False}, "max_tokens", "0 only with echo"),
+    ({"prompt": "a", "logprobs": 21}, "logprobs", "less than or equal to 20"),
+    ({"prompt": "a", "logprobs": -1}, "logprobs", "greater than or equal to 0"),
+    ({"prompt": "a", "logprobs": True}, "logprobs", "integer"),
+    ({"prompt": "a", "top_logprobs": 2}, "top_logprobs", "not supported"),
+    ({"prompt": "a", "prompt_logprobs": 2}, "prompt_logprobs", "not supported"),
+    ({"prompt": "a", "stop": ["."] * 17}, "stop", "at most 16"),
+    ({"prompt": "a", "stop": [""]}, "stop", "at least 1"),
+    ({"prompt": "a", "stop": "x" * 1025}, "stop", "at most 1024"),
+    ({"prompt": "a", "stop": ["x" * 600, "y" * 600]}, "stop", "1200 characters in all, the limit is 1024"),
+    ({"prompt": "a", "stop": ["\ud800"]}, "stop", "surrogate"),
+    ({"prompt": "a", "stop": 5}, "stop", "string"),
+    ({"prompt": "a", "include_stop_str_in_output": True}, "include_stop_str_in_output", "not supported"),
+    ({"prompt": "a", "min_tokens": -1}, "min_tokens", "greater than or equal to 0"),
+    ({"prompt": "a", "min_tokens": 17}, "min_tokens", "at most max_tokens, which is 16"),
+    ({"prompt": "a", "presence_penalty": 2.5}, "presence_penalty", "less than or equal to 2"),
+    ({"prompt": "a", "frequency_penalty": -2.5}, "frequency_penalty", "greater than or equal to -2"),
+    ({"prompt": "a", "repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+    ({"prompt": "a", "logit_bias": {"5": 101}}, "logit_bias", "less than or equal to 100"),
+    ({"prompt": "a", "logit_bias": {"-5": 1}}, "logit_bias", "pattern"),
+    ({"prompt": "a", "logit_bias": {"five": 1}}, "logit_bias", "pattern"),
+    ({"prompt": "a", "logit_bias": {"999999": 1}}, "logit_bias", "vocabulary"),
+    ({"prompt": "a", "logit_bias": {str(i): "x" for i in range(1025)}}, "logit_bias", "the limit is 1024"),
+    ({"prompt": "a", "logit_bias": [5]}, "logit_bias", "dictionary"),
+    ({"prompt": "a", "return_tokens_as_token_ids": True}, "return_tokens_as_token_ids", "not supported"),
     ({"prompt": "a", "suffix": "b"}, "suffix", "not supported"),
     ({"prompt": "a", "best_of": 2}, "best_of", "not supported"),
 ]
@@ -88,8 +105,10 @@ WRONG_CHATS: list[tuple[dict[str, Any], str, str]] = [
         "not supported",
     ),
     ({"messages": MESSAGES, "max_completion_tokens": 10**6}, "max_tokens", "2048"),
-    ({"messages": MESSAGES, "logprobs": True}, "logprobs", "not supported"),
-    ({"messages": MESSAGES, "top_logprobs": 2}, "top_logprobs", "not supported"),
+    ({"messages": MESSAGES, "logprobs": 1}, "logprobs", "boolean"),
+    ({"messages": MESSAGES, "top_logprobs": 2}, "top_logprobs", "only with logprobs"),
+    ({"messages": MESSAGES, "logprobs": True, "top_logprobs": 21}, "top_logprobs", "or equal to 20"),
+    ({"messages": MESSAGES, "echo": True}, "echo", "not supported"),
     ({"messages": MESSAGES, "tools": [{"type": "function"}]}, "tools", "not supported"),
     ({"messages": MESSAGES, "response_format": {"type": "json_object"}}, "response_format", "not supported"),
     ({"messages": [{"role": "user", "content": "a" * 20_000}]}, "messages", "the model's context is 2048"),
@@ -135,7 +154,7 @@ async def test_values_that_change_nothing_are_taken() -> None:
                 "temperature": None,
                 "n": None,
                 "guided_json": None,
-                "logprobs": None,
+                **dict.fromkeys(("stop", "min_tokens", "logprobs", "logit_bias", "repetition_penalty")),
             }
             for extra in ({**fields, **ignored}, nulls):
                 answer = service.start(path, **prompt, **extra)
@@ -217,8 +236,11 @@ async def test_limits_of_a_request_and_of_all_together() -> None:
         for work in works:
             service.worker.send_tokens(work, 400, finish_reason="stop")
         assert [response.status_code for response in await asyncio.gather(*running)] == [200, 200]
-        assert error_of(await service.complete(prompt=["a"] * 3), 429)
-        assert error_of(await service.complete(n=3), 429)
+        # What can never be served is no matter of coming back.
+        error = error_of(await service.complete(prompt=["a"] * 3), 400)
+        assert error["param"] == "prompt"
+        error = error_of(await service.complete(n=3), 400)
+        assert (error["param"], "is 2" in error["message"]) == ("n", True)
         answer = service.start()
         service.worker.send_tokens(await service.work(), 400, finish_reason="stop")
         assert (await answer).status_code == 200
@@ -358,9 +380,10 @@ def test_a_list_costs_the_errors_of_one_entry(body: type[Body], fields: dict[str
 
 @on_event_loop
 async def test_silent_connections_are_in_nobodys_way() -> None:
+    raise_file_limit()
     async with served() as service:
         address = (urlsplit(service.url).hostname, urlsplit(service.url).port)
-        silent = [socket.create_connection(address) for _ in range(300)]
+        silent = [socket.create_connection(address) for _ in range(1_000)]
         try:
             answer = service.start()
             service.worker.send_tokens(await service.work(), 400, finish_reason="stop")

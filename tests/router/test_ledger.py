@@ -4,7 +4,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from pdengine.router.ledger import Ledger, Request
+from pdengine.router.ledger import EXPECTED_ANSWER_TOKENS, Ledger, Request
 from pdengine.router.registry import Demand
 from pdengine.transport.messages import Choice, SamplingParams, Usage
 
@@ -77,21 +77,30 @@ def test_the_work_of_an_attempt_is_a_snapshot() -> None:
     request.choices[0].output_ids.append(4)
     assert (work.request_id, work.attempt, work.prompt_ids) == ("id", 2, [1, 2])
     assert work.choices == [Choice(0, [3])]
-    assert request.demand() == Demand(num_tokens=4, longest=6, total=6)
+    assert request.demand() == Demand(num_tokens=4, longest=6, expected=6)
     assert request.usage() == Usage(prompt_tokens=2, completion_tokens=2)
+
+
+def test_answers_are_not_expected_to_be_as_long_as_they_may_be() -> None:
+    sampling = SamplingParams(max_tokens=100_000)
+    request = Request("id", b"client", 1, sampling, n=2, prompt_ids=[1, 2])
+    assert request.demand().expected == 2 + 2 * EXPECTED_ANSWER_TOKENS
+    assert request.demand().longest == 2 + 99_999
+    request.choices[0].output_ids = [3] * 600
+    assert request.demand().expected == 2 + 600 + 2 * EXPECTED_ANSWER_TOKENS
 
 
 def test_the_work_of_several_answers_is_that_of_the_unfinished_ones() -> None:
     request = Request("id", b"client", 1, SamplingParams(max_tokens=5), n=3, prompt_ids=[1, 2])
     assert request.work().choices == [Choice(0, []), Choice(1, []), Choice(2, [])]
-    assert request.demand() == Demand(num_tokens=2, longest=6, total=14)
+    assert request.demand() == Demand(num_tokens=2, longest=6, expected=14)
     assert not request.has_diverged
     for choice, token_ids in zip(request.choices, ([3], [4, 5], [6]), strict=True):
         choice.output_ids += token_ids
     assert request.has_diverged
     request.choices[1].finish_reason = "stop"
     assert request.work().choices == [Choice(0, [3]), Choice(2, [6])]
-    assert request.demand() == Demand(num_tokens=4, longest=6, total=10)
+    assert request.demand() == Demand(num_tokens=4, longest=6, expected=10)
     assert request.has_diverged
     request.choices[2].finish_reason = "length"
     assert request.work().choices == [Choice(0, [3])]

@@ -18,6 +18,7 @@ from pdengine.transport.messages import (
     CacheUpdate,
     Refused,
     Role,
+    SamplingParams,
 )
 
 
@@ -294,7 +295,7 @@ def test_the_decode_worker_with_the_smallest_rest_computes_it() -> None:
     rest = 1 * BLOCK_SIZE + 5
     assert picked(registry.pick_local(asked, limit=rest)) == "2"
     assert registry.pick_local(asked, limit=rest - 1) is None
-    entry(registry, "2").assigned["another"] = 32 * BLOCK_SIZE - asked.total + 1  # no room
+    entry(registry, "2").assigned["another"] = 32 * BLOCK_SIZE - asked.expected + 1  # no room
     assert registry.pick_local(asked, limit=rest) is None
     assert picked(registry.pick_local(asked, limit=rest + BLOCK_SIZE)) == "1"
     entry(registry, "1").leaving = True
@@ -367,7 +368,7 @@ def test_what_is_admitted_can_be_placed(
 ) -> None:
     registry = registry_of(*workers)
     try:
-        check_fits(num_tokens, max_tokens, registry)
+        check_fits(num_tokens, SamplingParams(max_tokens=max_tokens), registry.limits)
     except InvalidRequest:
         return
     assert first(registry, num_tokens, max_tokens) is not None

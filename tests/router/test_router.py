@@ -173,7 +173,7 @@ async def test_text_that_is_held_back_comes_with_the_end() -> None:
     async with running_cluster() as cluster:
         worker = await cluster.worker("unified")
         task, work = await cluster.start_request(worker)
-        first_byte_of_e_acute = cluster.router._tokenizer.encode("é")[1]
+        first_byte_of_e_acute = cluster.router._intake._tokenizer.encode("é")[1]
         worker.send_tokens(work, VIOLIN, first_byte_of_e_acute, finish_reason="length")
         assert (await task).text == " violin\N{REPLACEMENT CHARACTER}"
 
@@ -625,7 +625,7 @@ async def test_cancel_while_the_prompt_is_tokenized(monkeypatch: pytest.MonkeyPa
         assert release.wait(DEADLINE_SECONDS)
         return PROMPT_IDS
 
-    monkeypatch.setattr("pdengine.router.router.tokenize", slow_tokenize)
+    monkeypatch.setattr("pdengine.router.intake.tokenize", slow_tokenize)
     async with running_cluster() as cluster:
         worker = await cluster.worker("unified")
         client = cluster.raw_client()
@@ -647,7 +647,7 @@ async def test_a_tokenizer_that_breaks_fails_the_request_only(monkeypatch: pytes
     async with running_cluster() as cluster:
         worker = await cluster.worker("unified")
         with monkeypatch.context() as patch:
-            patch.setattr("pdengine.router.router.tokenize", broken)
+            patch.setattr("pdengine.router.intake.tokenize", broken)
             with pytest.raises(Failed, match="could not be tokenized: out of luck"):
                 await cluster.client.generate("The")
         task = asyncio.create_task(cluster.client.generate("The"))

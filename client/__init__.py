@@ -6,8 +6,10 @@ with Client("tcp://127.0.0.1:5555") as client:
     print(client.generate("The capital of France is", max_tokens=8).text)
 """
 
+from pdengine.client.arguments import GenerateOptions
 from pdengine.client.async_client import AsyncClient
-from pdengine.client.client import Client
+from pdengine.client.async_stream import AsyncStream
+from pdengine.client.client import Client, Stream
 from pdengine.client.results import (
     Cancelled,
     Choice,
@@ -19,9 +21,11 @@ from pdengine.client.results import (
     RouterUnavailable,
     TimedOut,
 )
+from pdengine.transport.messages import Status, TokenLogprobs, TransferStats, Usage
 
 __all__ = [
     "AsyncClient",
+    "AsyncStream",
     "Cancelled",
     "Choice",
     "Client",
@@ -29,7 +33,13 @@ __all__ = [
     "Delta",
     "Failed",
     "GenerateError",
+    "GenerateOptions",
     "Rejected",
     "RouterUnavailable",
+    "Status",
+    "Stream",
     "TimedOut",
+    "TokenLogprobs",
+    "TransferStats",
+    "Usage",
 ]

@@ -3,28 +3,39 @@
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Sequence
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
-from pdengine.client.async_client import CONNECT_SECONDS, DEFAULT_ADDRESS, AsyncClient, AsyncStream
+from pdengine.client.arguments import GenerateOptions
+from pdengine.client.async_client import CONNECT_SECONDS, DEFAULT_ADDRESS, RETRIES, AsyncClient
+from pdengine.client.async_stream import AsyncStream
 from pdengine.client.results import Cancelled, Completion, Delta, PromptLike
-from pdengine.transport.messages import Status
+from pdengine.transport.keys import KeysLike
+from pdengine.transport.messages import Status, TokenLogprobs
 
 T = TypeVar("T")
 
 
 class Client:
-    """A client of the router at `address`; may be shared by threads. Use it as `with`, or call `close`."""
+    """A client of the router at `address`, or of several; may be shared by threads. Use it as `with`, or call
+    `close`. The arguments are those of AsyncClient."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, connect_timeout: float = CONNECT_SECONDS) -> None:
+    def __init__(
+        self,
+        address: str | Sequence[str] = DEFAULT_ADDRESS,
+        *,
+        connect_timeout: float = CONNECT_SECONDS,
+        retries: int = RETRIES,
+        keys: KeysLike = None,
+    ) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="pdengine-client", daemon=True)
         self._thread.start()
         self._closed = False
         self._lock = threading.Lock()  # once `_closed` is set, the loop gets no more coroutines
         try:
-            self._client = self.wait(self._make_client(address, connect_timeout))
+            self._client = self.wait(self._make_client(address, connect_timeout, retries, keys))
         except BaseException:
             self._closed = True
             self._stop_loop()
@@ -53,85 +64,26 @@ class Client:
     def closed(self) -> bool:
         return self._closed
 
-    def generate(
-        self,
-        prompt: PromptLike,
-        *,
-        max_tokens: int = 16,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        seed: int | None = None,
-        stop_token_ids: Iterable[int] = (),
-        ignore_eos: bool = False,
-        n: int = 1,
-        priority: int = 0,
-        cache_salt: str = "",
-        timeout: float | None = None,
-    ) -> Completion:
-        """The whole answer to `prompt`, or all `n` of them. The arguments are those of SamplingParams and
-        Generate; timeout is in seconds.
+    def generate(self, prompt: PromptLike, **options: Unpack[GenerateOptions]) -> Completion:
+        """The whole answer to `prompt`, or all `n` of them. GenerateOptions says what the arguments are.
 
-        Raises Rejected, Failed, TimedOut, Cancelled or RouterUnavailable.
+        Raises Rejected, Failed, TimedOut, Cancelled or RouterUnavailable; TypeError or ValueError for
+        arguments that no router could understand.
         """
-        return self.wait(
-            self._client.generate(
-                prompt,
-                max_tokens=max_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-                seed=seed,
-                stop_token_ids=stop_token_ids,
-                ignore_eos=ignore_eos,
-                n=n,
-                priority=priority,
-                cache_salt=cache_salt,
-                timeout=timeout,
-            )
-        )
+        return self.wait(self._client.generate(prompt, **options))
 
-    def stream(
-        self,
-        prompt: PromptLike,
-        *,
-        max_tokens: int = 16,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        seed: int | None = None,
-        stop_token_ids: Iterable[int] = (),
-        ignore_eos: bool = False,
-        n: int = 1,
-        priority: int = 0,
-        cache_salt: str = "",
-        timeout: float | None = None,
-    ) -> "Stream":
+    def stream(self, prompt: PromptLike, **options: Unpack[GenerateOptions]) -> "Stream":
         """Like `generate`, but the answer comes as an iterator of Delta; several answers come interleaved.
         Closing it cancels the request."""
-        stream = self._client.stream(
-            prompt,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            seed=seed,
-            stop_token_ids=stop_token_ids,
-            ignore_eos=ignore_eos,
-            n=n,
-            priority=priority,
-            cache_salt=cache_salt,
-            timeout=timeout,
-        )
-        return Stream(self, stream)
+        return Stream(self, self._client.stream(prompt, **options))
 
-    def status(self) -> Status:
-        """The workers that have joined the router, and their load. Raises RouterUnavailable."""
-        return self.wait(self._client.status())
+    def status(self, address: str | None = None) -> Status:
+        """The workers that have joined the router at `address`, and their load; by default, of any router
+        that is connected.
+
+        Raises RouterUnavailable, or ValueError for an address that is not this client's.
+        """
+        return self.wait(self._client.status(address))
 
     def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the client's thread; if this thread is interrupted, it is cancelled there."""
@@ -149,8 +101,10 @@ class Client:
             raise
 
     @staticmethod
-    async def _make_client(address: str, connect_timeout: float) -> AsyncClient:
-        return AsyncClient(address, connect_timeout=connect_timeout)
+    async def _make_client(
+        address: str | Sequence[str], connect_timeout: float, retries: int, keys: KeysLike
+    ) -> AsyncClient:
+        return AsyncClient(address, connect_timeout=connect_timeout, retries=retries, keys=keys)
 
     async def _shut_down(self) -> None:
         """Close the client, and end whatever other threads still wait for."""
@@ -167,7 +121,10 @@ class Client:
 
 
 class Stream:
-    """One request in flight: an iterator of Delta. Use it as `with`, or call `close`."""
+    """One request in flight: an iterator of Delta. Use it as `with`, or call `close`; any thread may.
+
+    A stream that is dropped while it runs is cancelled, too, when it is garbage collected.
+    """
 
     def __init__(self, client: Client, stream: AsyncStream) -> None:
         self._client = client
@@ -177,6 +134,16 @@ class Stream:
     def completion(self) -> Completion:
         """The whole answer, once the iteration has ended."""
         return self._stream.completion
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprobs] | None:
+        """Of each token of the prompt but the first, if they were asked for; there with the first delta."""
+        return self._stream.prompt_logprobs
+
+    @property
+    def request_id(self) -> str:
+        """Under which the cluster's logs have the request, once it was accepted."""
+        return self._stream.request_id
 
     def __iter__(self) -> "Stream":
         return self

@@ -274,7 +274,7 @@ async def test_a_request_that_the_router_dropped_fails_after_a_silence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As after a client was stopped for so long that its queue in the router was full."""
-    monkeypatch.setattr("pdengine.client.async_client.INQUIRE_SECONDS", 0.05)
+    monkeypatch.setattr("pdengine.client.connection.INQUIRE_SECONDS", 0.05)
     async with running_cluster() as cluster:
         worker = await cluster.worker("unified")
         async with AsyncClient(cluster.router.client_address) as client:
@@ -289,7 +289,7 @@ async def test_a_request_that_the_router_dropped_fails_after_a_silence(
 
 @on_event_loop
 async def test_a_router_that_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pdengine.client.async_client.GRACE_SECONDS", 0.05)
+    monkeypatch.setattr("pdengine.client.async_stream.GRACE_SECONDS", 0.05)
     async with running_cluster() as cluster:
         monkeypatch.setattr(cluster.router, "_accept", lambda client, message: None)
         with pytest.raises(TimedOut, match=r"no answer within 0\.05 s"):
@@ -412,7 +412,7 @@ async def test_a_cancelled_task_cancels_its_request() -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         await worker.expect(Abort, request_id=work.request_id)
-        assert cluster.client._replies == {}
+        assert cluster.client._connection_of == {}
 
 
 def test_an_interrupt_cancels_the_request(
@@ -486,7 +486,7 @@ async def test_a_lost_connection() -> None:
         cluster.router._ledger.__init__()  # type: ignore[misc]  # as if killed: no word to anybody
         with pytest.raises(RouterUnavailable, match="was lost"):
             await task
-        assert cluster.client._replies == {}
+        assert cluster.client._connection_of == {}
 
 
 def test_many_threads_share_one_client(client: Client) -> None:

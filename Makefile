@@ -8,7 +8,7 @@ BIN = $(VENV)/bin
 
 SYSTEM_UCX ?= /usr/lib/x86_64-linux-gnu/libucp.so.0
 
-.PHONY: run test test-long test-system-ucx lint clean
+.PHONY: run test test-long test-system-ucx lint binary clean
 
 run: $(VENV)/installed-run
 	$(BIN)/pdengine demo
@@ -30,6 +30,10 @@ lint: $(VENV)/installed-test
 	mkdir -p $(VENV)/typing && ln -sfn "$(CURDIR)" $(VENV)/typing/pdengine
 	MYPYPATH=$(VENV)/typing $(BIN)/mypy $(PACKAGES:%=-p pdengine.%)
 
+# One executable file that plays every role, for machines without this tree. WITH_TORCH=1 puts torch in.
+binary: $(VENV)/installed-binary
+	$(BIN)/python deploy/build_binary.py --ucx $(UCX) $(if $(WITH_TORCH),--with-torch)
+
 # torch goes first and by its exact version: a range would take the newest build, which may be gigabytes larger.
 $(VENV)/installed-run: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -39,6 +43,10 @@ $(VENV)/installed-run: pyproject.toml
 
 $(VENV)/installed-test: $(VENV)/installed-run
 	$(BIN)/pip install -e ".[$(UCX),test]"
+	touch $@
+
+$(VENV)/installed-binary: $(VENV)/installed-run
+	$(BIN)/pip install -e ".[$(UCX),binary]"
 	touch $@
 
 clean:

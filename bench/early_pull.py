@@ -76,10 +76,18 @@ def _measure(model: Path, hosts: tuple[NetworkNamespace, NetworkNamespace], mode
     first, second = hosts
     clients, workers = (f"tcp://{first.address}:{port}" for port in ROUTER_PORTS)
     with ExitStack() as stack:
-        options = ["--client-address", clients, "--worker-address", workers, "--transfer", mode]
+        options = ["--client-address", clients, "--worker-address", workers, "--transfer", mode, "--insecure"]
         stack.enter_context(_process(first, "router", model, *options))
         for host, role in ((first, "prefill"), (second, "decode")):
-            options = ["--router", workers, "--bind", f"tcp://{host.address}:0", "--kv-memory", "256MiB"]
+            options = [
+                "--router",
+                workers,
+                "--bind",
+                f"tcp://{host.address}:0",
+                "--insecure",
+                "--kv-memory",
+                "256MiB",
+            ]
             stack.enter_context(
                 _process(host, role, model, *options, "--max-batch-tokens", str(CHUNK_TOKENS))
             )

@@ -189,7 +189,7 @@ class StreamReader(asyncio.Protocol):
 
 
 def http_request(port: int, num_tokens: int, *, chat: bool) -> bytes:
-    body: dict[str, Any] = {"max_tokens": num_tokens, "stream": True}
+    body: dict[str, Any] = {"max_tokens": num_tokens, "ignore_eos": True, "stream": True}
     body |= {"messages": [{"role": "user", "content": PROMPT}]} if chat else {"prompt": PROMPT}
     content = json.dumps(body).encode()
     path = "/v1/chat/completions" if chat else "/v1/completions"

@@ -16,6 +16,7 @@ from types import TracebackType
 from pdengine.client import Client
 from pdengine.engine.cpu_threads import usable_cores
 from pdengine.engine.worker_config import StartupError
+from pdengine.transport.keys import KeysError
 from pdengine.transport.messages import Role, Status
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -24,6 +25,7 @@ READY_SECONDS = 600.0
 POLL_SECONDS = 0.1
 STOP_SECONDS = 10.0
 RESTART_SECONDS = 10.0  # a worker that dies sooner than this after its start is not started again
+LOG_NO_REQUESTS = ("--log-level", "warning")  # beside what a command prints itself
 LISTENING = re.compile(r"listening for clients on (\S+), for workers on (\S+)")
 
 
@@ -46,9 +48,10 @@ class Child:
 class Cluster:
     """Start with `with Cluster(...) as cluster`, then `wait_ready`; leaving the block stops every process.
 
-    The children die with this process, however it dies. config: a file that they read, too. router_arguments:
-    options of the router. worker_arguments: of the workers of a role. metrics_addresses: per worker, in the
-    order of `roles`; empty for none.
+    The children die with this process, however it dies. config: a file that they read, too. log_arguments:
+    options of all of them. router_arguments: of the router. worker_arguments: of the workers of a role.
+    metrics_addresses: per worker, in the order of `roles`; empty for none. keys: the directory that `pdengine
+    keygen` made; None: no keys, which nobody beyond loopback is served without.
     """
 
     def __init__(
@@ -58,13 +61,20 @@ class Cluster:
         roles: Sequence[Role],
         client_address: str = LOOPBACK,
         config: Path | None = None,
+        log_arguments: Sequence[str] = (),
         router_arguments: Sequence[str] = (),
         worker_arguments: Mapping[Role, Sequence[str]] | None = None,
         metrics_addresses: Sequence[str] | None = None,
+        keys: Path | None = None,
     ) -> None:
         if not roles:
             raise StartupError("a cluster needs at least one worker")
-        self._arguments = self.arguments_of(model_directory, config)
+        if keys is not None and not keys.is_dir():
+            raise KeysError(f"{keys}: is no directory; a cluster needs all the files of pdengine keygen")
+        # Those in the environment or the file are meant for one process.
+        always = self.arguments_of(model_directory, config)
+        self._arguments = [*always, "--keys", str(keys or ""), *log_arguments]
+        self._keys = keys
         self._roles = list(roles)
         self._client_address = client_address
         self._router_arguments = router_arguments
@@ -114,7 +124,7 @@ class Cluster:
         """
         deadline = monotonic() + READY_SECONDS
         stop = stop or Event()
-        with Client(self.client_address) as client:
+        with Client(self.client_address, keys=self._keys) as client:
             while monotonic() < deadline:
                 for child in self._dead():
                     raise ChildDied(child.name, child.process.returncode)

@@ -21,7 +21,7 @@ OF_KUBERNETES = re.compile(
     r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)$"
 )
 
-SHARED = ("model", "revision")  # keys at the top of the file
+SHARED = ("model", "revision", "keys", "log-format", "log-level")  # keys at the top of the file
 TABLES = {  # that a command reads; a later one wins
     "router": ("", "router"),
     "http": ("", "http"),

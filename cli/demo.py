@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from pdengine.cli.cluster import Cluster
+from pdengine.cli.cluster import LOG_NO_REQUESTS, Cluster
 from pdengine.cli.options import errors_in_one_line
 from pdengine.client import Client, Completion
 from pdengine.models.demo.facts import DemoQuestion, checkpoint_directory, demo_questions
@@ -39,7 +39,12 @@ def demo() -> None:
     memory: dict[Role, list[str]] = {role: ["--kv-memory", KV_MEMORY] for role in ("prefill", "decode")}
     with errors_in_one_line():
         console.print("Starting a router, a prefill worker and a decode worker ...")
-        with Cluster(checkpoint_directory(), roles=list(memory), worker_arguments=memory) as cluster:
+        with Cluster(
+            checkpoint_directory(),
+            roles=list(memory),
+            log_arguments=LOG_NO_REQUESTS,
+            worker_arguments=memory,
+        ) as cluster:
             cluster.wait_ready()
             console.print(
                 f"Each prompt is {NUM_FACTS} facts and a question about one of them. The facts are the same, "

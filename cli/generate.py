@@ -4,9 +4,9 @@ from contextlib import ExitStack
 
 import click
 
-from pdengine.cli.cluster import Cluster
-from pdengine.cli.options import errors_in_one_line
-from pdengine.client import Client, Completion
+from pdengine.cli.cluster import LOG_NO_REQUESTS, Cluster
+from pdengine.cli.options import errors_in_one_line, keys_option
+from pdengine.client import Choice, Client, Completion
 from pdengine.client.async_client import DEFAULT_ADDRESS
 from pdengine.client.client import Stream
 from pdengine.client.results import PromptLike
@@ -22,6 +22,7 @@ from pdengine.transport.messages import Usage
     metavar="NAME_OR_DIR",
     help="Instead of a running router: start one with this checkpoint for the one request.",
 )
+@keys_option
 @click.option("--revision", help="With --model: branch, tag or commit of a model on the hub.")
 @click.option("--max-tokens", type=int, default=128, show_default=True)
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
@@ -39,6 +40,13 @@ from pdengine.transport.messages import Usage
     default=0.0,
     show_default=True,
     help="Sample among those with at least this share of the likeliest one's probability.",
+)
+@click.option("--stop", multiple=True, metavar="TEXT", help="End where TEXT comes up; may be given again.")
+@click.option(
+    "--logprobs",
+    type=int,
+    metavar="NUMBER",
+    help="Print the log probability of each token, and of so many of the likeliest ones.",
 )
 @click.option("-n", "num_answers", type=int, metavar="NUMBER", default=1, help="Answers to write.  [1]")
 @click.option(
@@ -59,6 +67,7 @@ from pdengine.transport.messages import Usage
 def generate(
     prompt: str,
     router_address: str | None,
+    keys: str | None,
     model: str | None,
     revision: str | None,
     max_tokens: int,
@@ -66,6 +75,8 @@ def generate(
     top_k: int,
     top_p: float,
     min_p: float,
+    stop: tuple[str, ...],
+    logprobs: int | None,
     num_answers: int,
     priority: int,
     cache_salt: str,
@@ -79,22 +90,28 @@ def generate(
     with errors_in_one_line(), ExitStack() as stack:
         if model is not None:
             directory = resolve_model(model, revision=revision)
-            cluster = stack.enter_context(Cluster(directory, roles=["unified"]))
+            cluster = stack.enter_context(
+                Cluster(directory, roles=["unified"], log_arguments=LOG_NO_REQUESTS)
+            )
             cluster.wait_ready()
             router_address = cluster.client_address
-        client = stack.enter_context(Client(router_address or DEFAULT_ADDRESS))
-        answer = client.stream(
-            question,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            n=num_answers,
-            priority=priority,
-            cache_salt=cache_salt,
+        client = stack.enter_context(
+            Client(router_address or DEFAULT_ADDRESS, keys=None if model else keys or None)
         )
         try:
+            answer = client.stream(
+                question,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                stop=stop,
+                logprobs=logprobs,
+                n=num_answers,
+                priority=priority,
+                cache_salt=cache_salt,
+            )
             print_answers(stack.enter_context(answer), as_they_come=stream and num_answers == 1)
         except ValueError as error:  # text that is not Unicode, a number beyond 64 bits
             raise click.ClickException(str(error)) from error
@@ -106,6 +123,7 @@ def print_answers(answer: Stream, *, as_they_come: bool) -> None:
             click.echo(delta.text, nl=False)
     if as_they_come:
         click.echo()
+        print_logprobs(answer.completion.choices[0])
     else:
         print_choices(answer.completion)
     click.echo(usage_line(answer.completion.usage), err=True)
@@ -117,6 +135,16 @@ def print_choices(completion: Completion) -> None:
         if len(completion.choices) > 1:
             click.echo(f"--- answer {choice.index + 1} of {len(completion.choices)}")
         click.echo(choice.text)
+        print_logprobs(choice)
+
+
+def print_logprobs(choice: Choice) -> None:
+    """A line for each token: its id, log probability and rank, and the likeliest tokens there."""
+    for token_id, token in zip(choice.token_ids, choice.logprobs or (), strict=False):
+        top = ", ".join(f"{other} {logprob:.3f}" for other, logprob in token.top)
+        click.echo(
+            f"{token_id:>8} {token.logprob:>9.3f}  rank {token.rank}" + (f"  top {top}" if top else "")
+        )
 
 
 def usage_line(usage: Usage) -> str:

@@ -1,6 +1,7 @@
 """`pdengine http`, and what `pdengine router --http` shares with it."""
 
 import logging
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +9,11 @@ from threading import Event
 
 import click
 
+from pdengine.cli.logs import LogFormat, LogLevel, log_options, log_to_stderr
 from pdengine.cli.options import (
     Function,
     errors_in_one_line,
-    log_to_stderr,
+    keys_option,
     model_options,
     option,
     seconds_option,
@@ -25,6 +27,9 @@ from pdengine.router.http.config import (
     default_model_name,
     read_api_keys,
 )
+from pdengine.transport.keys import PeerKeys, client_keys
+from pdengine.transport.service_manager import POLL_SECONDS, ServiceManager, Watchdog
+from pdengine.transport.sockets import raise_file_limit
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +54,7 @@ def http_options(*, default: str | None) -> Callable[[Function], Function]:
         option(
             "--insecure",
             is_flag=True,
-            help="Serve HTTP to other hosts without keys: only on a network that is trusted.",
+            help="Serve other hosts without keys: only on a network that is trusted.",
         ),
         option(
             "--max-in-flight",
@@ -77,6 +82,7 @@ def http_config(
     insecure: bool,
     max_in_flight: int,
     drain_seconds: float,
+    router_keys: PeerKeys | None = None,
 ) -> HttpConfig:
     """What the options stand for. Raises AddressError, or a click.ClickException for a file of no keys."""
     try:
@@ -92,11 +98,14 @@ def http_config(
         api_keys=keys,
         max_in_flight=max_in_flight,
         drain_seconds=drain_seconds,
+        router_keys=router_keys,
     )
 
 
 @click.command()
 @model_options
+@log_options
+@keys_option
 @option(
     "--router",
     "clients_address",
@@ -120,11 +129,15 @@ def http(
     max_in_flight: int,
     drain_seconds: float,
     config: Path | None,
+    log_format: LogFormat,
+    log_level: LogLevel,
+    keys: str | None,
 ) -> None:
     """An HTTP server in a process of its own; a router can have several."""
-    from pdengine.router.http.server import HttpServer, raise_file_limit  # loads what only HTTP needs
+    from pdengine.router.http.server import HttpServer  # loads what only HTTP needs
 
-    log_to_stderr("http")
+    service = ServiceManager.from_environment(os.environ)
+    log_to_stderr("http", log_format, log_level)
     raise_file_limit()
     stop = Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -139,9 +152,14 @@ def http(
             insecure=insecure,
             max_in_flight=max_in_flight,
             drain_seconds=drain_seconds,
+            router_keys=client_keys(keys or None),
         )
         with HttpServer(settings, on_failure=stop.set) as server:
             logger.info("serving %s over HTTP on %s", settings.served_model_name, server.url)
-            stop.wait()
+            service.ready(f"HTTP on {server.url}")
+            watchdog = Watchdog(service)
+            while not stop.wait(POLL_SECONDS if service.listens else None):
+                watchdog.look(server.loop_age())
+            service.stopping()
         if server.error is not None:
             raise SystemExit(1)

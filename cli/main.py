@@ -8,6 +8,8 @@ from pdengine.cli.demo import demo
 from pdengine.cli.doctor import doctor
 from pdengine.cli.generate import generate
 from pdengine.cli.http import http
+from pdengine.cli.install_units import install_units
+from pdengine.cli.keygen import keygen
 from pdengine.cli.serve import decode, prefill, router, unified
 from pdengine.cli.up import up
 
@@ -18,5 +20,19 @@ def main() -> None:
     """LLM inference with prefill and decode in separate processes."""
 
 
-for command in (router, http, prefill, decode, unified, up, generate, demo, config, doctor, bench):
+for command in (
+    router,
+    http,
+    prefill,
+    decode,
+    unified,
+    up,
+    generate,
+    demo,
+    config,
+    keygen,
+    doctor,
+    install_units,
+    bench,
+):
     main.add_command(command)

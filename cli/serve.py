@@ -16,16 +16,18 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pdengine.cli.http import http_config, http_options
+from pdengine.cli.logs import LogFormat, LogLevel, log_options, log_to_stderr
 from pdengine.cli.options import (
     client_address_option,
     errors_in_one_line,
+    keys_option,
     local_prefill_option,
-    log_to_stderr,
     model_options,
     option,
     seconds_option,
     worker_options,
 )
+from pdengine.engine.cpu_threads import limit_spinning
 from pdengine.engine.memory import available_memory, memory_bytes
 from pdengine.engine.worker_config import StartupError, WorkerConfig
 from pdengine.models.hub import resolve_model
@@ -33,6 +35,8 @@ from pdengine.router.config import OnFailure, RouterConfig, TransferMode
 from pdengine.router.http.config import address_to_connect
 from pdengine.router.router import Router
 from pdengine.transport.messages import Role
+from pdengine.transport.service_manager import ServiceManager, serving
+from pdengine.transport.sockets import raise_file_limit
 
 LINE_SECONDS = 5.0
 HTTP_DRAIN_SECONDS = 5.0  # the router ends all requests before; they only have to hear of it
@@ -42,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 @click.command()
 @model_options
+@log_options
+@keys_option
 @client_address_option
 @option("--worker-address", metavar="ADDRESS", default="tcp://127.0.0.1:5556", help="Where workers connect.")
 @seconds_option(
@@ -87,9 +93,14 @@ def router(
     local_prefill_tokens: int,
     http_address: str | None,
     config: Path | None,
+    log_format: LogFormat,
+    log_level: LogLevel,
+    keys: str | None,
+    insecure: bool,
     **http: Any,
 ) -> None:
     """The front door: takes requests and gives them to workers."""
+    service = ServiceManager.from_environment(os.environ)
 
     async def serve(directory: Path) -> None:
         settings = RouterConfig(
@@ -102,18 +113,28 @@ def router(
             max_attempts=max_attempts,
             transfer=transfer,
             local_prefill_tokens=local_prefill_tokens,
+            keys=Path(keys) if keys else None,
+            insecure=insecure,
         )
         server = Router(settings)
         click.echo(
             f"listening for clients on {server.client_address}, for workers on {server.worker_address}"
         )
         running = asyncio.create_task(server.run())
+
+        def stop() -> None:
+            service.stopping()
+            running.cancel()
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, running.cancel)
+            asyncio.get_running_loop().add_signal_handler(number, stop)
         if http_address:
-            await _serve_http(directory, http_address, server, running, http)
+            await _serve_http(
+                directory, http_address, server, running, service, {**http, "insecure": insecure}
+            )
         else:
-            await asyncio.wait([running])
+            async with serving(service, status=lambda: f"clients on {server.client_address}"):
+                await asyncio.wait([running])
         if not running.cancelled():
             running.result()
 
@@ -122,17 +143,23 @@ def router(
             f"--silence-seconds is {silence_seconds:g}, it must be more than --heartbeat-seconds, "
             f"which is {heartbeat_seconds:g}"
         )
-    log_to_stderr("router")
+    log_to_stderr("router", log_format, log_level)
+    raise_file_limit()
     with errors_in_one_line():
         # Outside the loop, where Ctrl-C ends a download at once.
         asyncio.run(serve(resolve_model(model, revision=revision or None)))
 
 
 async def _serve_http(
-    directory: Path, http_address: str, router: Router, running: asyncio.Task[None], options: dict[str, Any]
+    directory: Path,
+    http_address: str,
+    router: Router,
+    running: asyncio.Task[None],
+    service: ServiceManager,
+    options: dict[str, Any],
 ) -> None:
     """Serve HTTP until the router has ended; if that fails, end the router. options: of http_config."""
-    from pdengine.router.http.server import HttpServer, raise_file_limit  # loads what only HTTP needs
+    from pdengine.router.http.server import HttpServer  # loads what only HTTP needs
 
     loop = asyncio.get_running_loop()
 
@@ -143,12 +170,12 @@ async def _serve_http(
         0
     )  # a task that is cancelled before it has begun would leave the router's sockets open
     try:
-        raise_file_limit()
         config = http_config(
             directory,
             http_address=http_address,
             router_address=address_to_connect(router.client_address),
             drain_seconds=HTTP_DRAIN_SECONDS,
+            router_keys=router.client_keys,
             **options,
         )
         server = HttpServer(config, on_failure=end_router)
@@ -159,7 +186,9 @@ async def _serve_http(
     try:
         await asyncio.to_thread(server.start)
         logger.info("serving %s over HTTP on %s", config.served_model_name, server.url)
-        await asyncio.wait([running])
+        status = f"clients on {router.client_address}, HTTP on {server.url}"
+        async with serving(service, status=lambda: status, loop_age=server.loop_age):
+            await asyncio.wait([running])
     finally:
         running.cancel()
         await asyncio.wait([running])
@@ -177,6 +206,9 @@ def worker_config(
     kv_memory: str | None,
     metrics_address: str | None,
     config: Path | None,
+    log_format: LogFormat,
+    log_level: LogLevel,
+    keys: str | None,
     **options: Any,
 ) -> WorkerConfig:
     """The configuration that the options of a worker's command stand for.
@@ -194,6 +226,7 @@ def worker_config(
         device=device,
         kv_memory=None if kv_memory is None else memory_bytes(kv_memory, available_memory()),
         metrics_address=metrics_address or None,
+        keys=Path(keys) if keys else None,
         **options,
     )
 
@@ -201,6 +234,8 @@ def worker_config(
 def _worker_command(role: Role, help_text: str) -> click.Command:
     @click.command(name=role, help=help_text)
     @model_options
+    @log_options
+    @keys_option
     @option("--router", "router_address", required=True, metavar="ADDRESS", help="tcp://HOST:5556")
     @option(
         "--bind",
@@ -215,15 +250,23 @@ def _worker_command(role: Role, help_text: str) -> click.Command:
         metavar="ADDRESS",
         help="What other workers are told instead of --bind. Its interface carries the KV cache.",
     )
+    @option(
+        "--insecure",
+        is_flag=True,
+        help="Serve workers on other hosts without keys: only on a network that is trusted.",
+    )
     @worker_options
     def command(**options: Any) -> None:
-        log_to_stderr(f"{role}[{os.getpid()}]")
+        service = ServiceManager.from_environment(os.environ)
+        log_to_stderr(f"{role}[{os.getpid()}]", options["log_format"], options["log_level"])
         with errors_in_one_line():
             config = worker_config(role, **options)
+            raise_file_limit()
+            limit_spinning(os.environ)
             from pdengine.engine.start_worker import run_worker  # loads torch, which takes seconds
 
             with _weights_progress() as progress:
-                run_worker(config, progress=progress)
+                run_worker(config, progress=progress, service=service)
 
     return command
 

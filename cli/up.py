@@ -2,7 +2,7 @@
 
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -11,10 +11,12 @@ import click
 
 from pdengine.cli.cluster import LOOPBACK, Cluster
 from pdengine.cli.config_file import option_tables
+from pdengine.cli.logs import log_options
 from pdengine.cli.options import (
     Function,
     client_address_option,
     errors_in_one_line,
+    keys_option,
     local_prefill_option,
     model_options,
     option,
@@ -36,6 +38,8 @@ def _count_option(role: Role, default: int) -> Callable[[Function], Function]:
 
 @click.command()
 @model_options
+@log_options
+@keys_option
 @_count_option("prefill", 1)
 @_count_option("decode", 1)
 @_count_option("unified", 0)
@@ -50,6 +54,7 @@ def up(
     revision: str | None,
     client_address: str,
     local_prefill_tokens: int,
+    keys: str | None,
     **_options: Any,
 ) -> None:
     """A router and its workers on this machine, until Ctrl-C.
@@ -58,6 +63,7 @@ def up(
     file, as if started by hand.
     """
     counts = worker_counts(ctx)
+    log_arguments = _given(ctx, {"log-format": "log_format", "log-level": "log_level"})
     with errors_in_one_line():
         directory = resolve_model(model, revision=revision or None)
         configs = _configs(ctx, directory, counts)
@@ -66,9 +72,11 @@ def up(
             roles=[config.role for config in configs],
             client_address=client_address,
             config=ctx.params["config"],
+            log_arguments=log_arguments,
             router_arguments=["--local-prefill-tokens", str(local_prefill_tokens)],
             worker_arguments=_planned_arguments(ctx, configs),
             metrics_addresses=metrics_addresses(configs),
+            keys=Path(keys) if keys else None,
         )
         stop = Event()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -78,7 +86,10 @@ def up(
                 return
             workers = ", ".join(f"{count} {role}" for role, count in counts.items() if count)
             click.echo(f"ready: {workers} behind {cluster.client_address}")
-            click.echo(f'try:   pdengine generate "Once upon a time" --router {cluster.client_address}')
+            with_keys = f" --keys {keys}" if keys else ""
+            click.echo(
+                f'try:   pdengine generate "Once upon a time" --router {cluster.client_address}{with_keys}'
+            )
             click.echo("stop:  Ctrl-C")
             cluster.supervise(stop)
     click.echo("stopped", err=True)
@@ -92,11 +103,16 @@ def worker_counts(ctx: click.Context) -> dict[Role, int]:
 
 def worker_arguments(ctx: click.Context) -> list[str]:
     """The options of workers on the command line of `up`, as arguments of a worker's command."""
+    options = option_tables(ctx.find_root().command)["worker"]
+    return _given(ctx, {key: option.name or "" for key, option in options.items()})
+
+
+def _given(ctx: click.Context, options: Mapping[str, str]) -> list[str]:
+    """Those that are on the command line, as arguments of another one. options: names of their parameters."""
     arguments = []
-    for key, worker_option in option_tables(ctx.find_root().command)["worker"].items():
-        source = ctx.get_parameter_source(worker_option.name or "")
-        if source == click.core.ParameterSource.COMMANDLINE:
-            arguments += [f"--{key}", str(ctx.params[worker_option.name])]
+    for key, name in options.items():
+        if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
+            arguments += [f"--{key}", str(ctx.params[name])]
     return arguments
 
 

@@ -24,6 +24,7 @@ NO_TORCH = [
     "engine/step_limit.py",
     "engine/sequence.py",
     "engine/leases.py",
+    "engine/logit_table.py",
     "models/prefix_hashes.py",
 ]
 

@@ -1,11 +1,9 @@
 """Real processes, started as a person would in several shells."""
 
 import contextlib
-import os
+import functools
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from threading import Event
@@ -13,6 +11,7 @@ from time import monotonic
 from typing import TypeVar
 
 import psutil
+from fork_server import ForkedProcess, ForkServer
 
 from pdengine.client import Client, RouterUnavailable
 from pdengine.transport.messages import Status
@@ -23,14 +22,25 @@ T = TypeVar("T")
 LISTENING = re.compile(r"listening for clients on (\S+), for workers on (\S+)")
 
 
-class Deployment:
-    """A router and workers of one model. `with Deployment(...)` kills whatever is left at the end."""
+@functools.cache
+def fork_server() -> ForkServer:
+    """The one of this run of the tests. It ends with this process."""
+    return ForkServer()
 
-    def __init__(self, model: Path, logs: Path) -> None:
+
+class Deployment:
+    """A router and workers of one model. `with Deployment(...)` kills whatever is left at the end.
+
+    keys: a directory that `pdengine keygen` made; all processes and clients take theirs from it.
+    """
+
+    def __init__(self, model: Path, logs: Path, *, keys: Path | None = None) -> None:
+        self.keys = keys
+        self._key_options = ["--keys", str(keys)] if keys is not None else []
         self.model = model
         self.logs = logs
-        self.processes: list[subprocess.Popen[bytes]] = []
-        self._log_paths: dict[subprocess.Popen[bytes], Path] = {}
+        self.processes: list[ForkedProcess] = []
+        self._log_paths: dict[ForkedProcess, Path] = {}
         self.client_address = ""
         self.worker_address = ""
 
@@ -47,22 +57,36 @@ class Deployment:
                 print(f"--- {log.name}\n{log.read_text()}")
 
     def start_router(
-        self, client_address: str = "", worker_address: str = "", options: Sequence[str] = ()
-    ) -> subprocess.Popen[bytes]:
+        self,
+        client_address: str = "",
+        worker_address: str = "",
+        options: Sequence[str] = (),
+        environment: dict[str, str] | None = None,
+    ) -> ForkedProcess:
         clients = ["--client-address", client_address or "tcp://127.0.0.1:0"]
         workers = ["--worker-address", worker_address or "tcp://127.0.0.1:0"]
         # Prompts go through both workers, also where a decode worker has most of them: last wins.
         both = ["--local-prefill-tokens", "0"]
-        arguments = ["router", "--model", str(self.model), *clients, *workers, *both, *options]
-        router = self._spawn("router", arguments)
+        arguments = [
+            "router",
+            "--model",
+            str(self.model),
+            *clients,
+            *workers,
+            *both,
+            *self._key_options,
+            *options,
+        ]
+        router = self._spawn("router", arguments, environment=environment)
         match = wait_for(lambda: LISTENING.search(self.log_of(router)), process=router)
         self.client_address, self.worker_address = match.groups()
         return router
 
-    def start_http(self, *options: str) -> subprocess.Popen[bytes]:
+    def start_http(self, *options: str, environment: dict[str, str] | None = None) -> ForkedProcess:
         """An HTTP server in a process of its own."""
         addresses = ["--router", self.client_address, "--http", "127.0.0.1:0"]
-        return self._spawn("http", ["http", "--model", str(self.model), *addresses, *options])
+        arguments = ["http", "--model", str(self.model), *addresses, *options]
+        return self._spawn("http", arguments, environment=environment)
 
     def start_worker(
         self,
@@ -71,10 +95,10 @@ class Deployment:
         model: Path | None = None,
         module: str = "pdengine.cli",
         environment: dict[str, str] | None = None,
-    ) -> subprocess.Popen[bytes]:
+    ) -> ForkedProcess:
         arguments = [role, "--model", str(model or self.model), "--router", self.worker_address]
         sizes = [] if "--kv-memory" in options else ["--kv-memory", "64MiB"]
-        return self._spawn(role, [*arguments, *sizes, *options], module, environment)
+        return self._spawn(role, [*arguments, *sizes, *self._key_options, *options], module, environment)
 
     def wait_status(self, condition: Callable[[Status], object]) -> Status:
         """The first status for which `condition` holds; fails at once if a process has ended by itself."""
@@ -86,7 +110,7 @@ class Deployment:
                 return status if condition(status) else None
             return None
 
-        with Client(self.client_address) as client:
+        with Client(self.client_address, keys=self.keys) as client:
             return wait_for(look)
 
     def wait_workers(self, *roles: str) -> Status:
@@ -124,23 +148,23 @@ class Deployment:
             lambda status: all(w.heartbeat_age < monotonic() - begun_at for w in status.workers) or None
         )
 
-    def stop(self, process: subprocess.Popen[bytes], number: int = signal.SIGTERM) -> int:
+    def stop(self, process: ForkedProcess, number: int = signal.SIGTERM) -> int:
         """Signal a process and wait for its end; its exit status."""
         process.send_signal(number)
         status = process.wait(DEADLINE_SECONDS)
         self.processes.remove(process)
         return status
 
-    def pause(self, process: subprocess.Popen[bytes]) -> None:
+    def pause(self, process: ForkedProcess) -> None:
         """Stop a process by SIGSTOP; it returns when it stands still."""
         process.send_signal(signal.SIGSTOP)
         stopped = psutil.Process(process.pid)
         wait_for(lambda: stopped.status() == psutil.STATUS_STOPPED or None, process)
 
-    def resume(self, process: subprocess.Popen[bytes]) -> None:
+    def resume(self, process: ForkedProcess) -> None:
         process.send_signal(signal.SIGCONT)
 
-    def wait_log(self, process: subprocess.Popen[bytes], pattern: str, times: int = 1) -> None:
+    def wait_log(self, process: ForkedProcess, pattern: str, times: int = 1) -> None:
         """Wait until lines of the process's log match `pattern` at least so many times."""
 
         def is_there() -> bool | None:
@@ -148,7 +172,7 @@ class Deployment:
 
         wait_for(is_there, process)
 
-    def log_of(self, process: subprocess.Popen[bytes]) -> str:
+    def log_of(self, process: ForkedProcess) -> str:
         return self._log_paths[process].read_text()
 
     def _spawn(
@@ -157,22 +181,16 @@ class Deployment:
         arguments: Sequence[str],
         module: str = "pdengine.cli",
         environment: dict[str, str] | None = None,
-    ) -> subprocess.Popen[bytes]:
+    ) -> ForkedProcess:
         log = self.logs / f"{len(self._log_paths) + 1}-{name}.log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-u", "-m", module, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
-            )
+        log.touch()  # somebody may look before the process writes
+        process = fork_server().start(module, arguments, {"OMP_NUM_THREADS": "1", **(environment or {})}, log)
         self.processes.append(process)
         self._log_paths[process] = log
         return process
 
 
-def wait_for(look: Callable[[], T | None], process: subprocess.Popen[bytes] | None = None) -> T:
+def wait_for(look: Callable[[], T | None], process: ForkedProcess | None = None) -> T:
     """The first result of `look` that is not None; fails after DEADLINE_SECONDS or when `process` ends."""
     deadline = monotonic() + DEADLINE_SECONDS
     pause = Event()

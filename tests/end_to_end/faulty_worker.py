@@ -2,14 +2,18 @@
 
 hold-pulls: a pull waits before its first read, on the engine thread, for as long as the file is there.
 lose-releases: messages that give leases back are not sent.
+hang-steps: a step does not begin, for as long as the file is there.
 """
 
 import os
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 from pdengine.cli.main import main
+from pdengine.engine import worker
 from pdengine.engine.pulls import Pulls
+from pdengine.engine.runner import Runner
 from pdengine.engine.worker import Worker
 from pdengine.transport.messages import Message, ReleaseLeases
 from pdengine.transport.transfer import Transfer
@@ -19,6 +23,7 @@ FAULTS = Path(os.environ["FAULTS"])
 
 make_pulls = Pulls.__init__
 send_to_peer = Worker._send_to_peer
+start_step = Runner.start
 
 
 def is_on(fault: str) -> bool:
@@ -51,6 +56,16 @@ def send_to_peer_unless_lost(self: Worker, engine_id: str, message: Message) -> 
         send_to_peer(self, engine_id, message)
 
 
+def run_step_unless_it_hangs(self: Runner, *arguments: Any) -> Any:
+    if is_on("hang-steps"):
+        print("a step hangs", flush=True)
+        while is_on("hang-steps"):
+            Event().wait(POLL_SECONDS)
+    return start_step(self, *arguments)
+
+
 Pulls.__init__ = make_pulls_that_can_be_held  # type: ignore[method-assign]
 Worker._send_to_peer = send_to_peer_unless_lost  # type: ignore[method-assign]
+Runner.start = run_step_unless_it_hangs  # type: ignore[method-assign]
+worker.MAX_STEP_SECONDS = float(os.environ.get("MAX_STEP_SECONDS", worker.MAX_STEP_SECONDS))
 main()

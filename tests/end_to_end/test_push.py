@@ -99,7 +99,7 @@ def test_a_router_that_is_lost_between_the_reservation_and_the_prompt(
         router, prefiller = deployment.processes
         deployment.start_worker("decode", *FLOAT32)
         deployment.wait_workers("prefill", "decode")
-        with Client(deployment.client_address) as client, ThreadPoolExecutor() as threads:
+        with Client(deployment.client_address, retries=0) as client, ThreadPoolExecutor() as threads:
             deployment.pause(prefiller)
             waiting = threads.submit(ask, client, random_prompt(100), **GREEDY)
             deployment.wait_status(

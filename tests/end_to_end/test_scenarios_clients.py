@@ -15,7 +15,7 @@ from scenario import GREEDY, check_healthy, random_prompt, tokens
 from pdengine.client import Client, Rejected
 from pdengine.transport.messages import (
     Accepted,
-    Delta,
+    Deltas,
     Finished,
     Generate,
     Malformed,
@@ -51,7 +51,7 @@ async def receive(socket: PeerSocket[RouterToClient], kind: type[Any]) -> Any:
 
 def test_300_clients_vanish_in_the_middle_of_their_streams_five_times(deployment: Deployment) -> None:
     """A third of them at once, a third when the request is accepted, a third with the first token."""
-    stages: tuple[type[Any] | None, ...] = (None, Accepted, Delta)
+    stages: tuple[type[Any] | None, ...] = (None, Accepted, Deltas)
 
     async def vanish(context: zmq.asyncio.Context, number: int) -> None:
         socket = PeerSocket[RouterToClient](context, deployment.client_address, RouterToClient)
@@ -86,11 +86,12 @@ def test_two_clients_give_their_requests_the_same_number_at_once(
         try:
             socket.send(request(7, prompt))
             while True:
-                message = await receive(socket, Delta | Finished)  # type: ignore[arg-type]
-                assert message.tag == 7
+                message = await receive(socket, Deltas | Finished)  # type: ignore[arg-type]
                 if isinstance(message, Finished):
+                    assert message.tag == 7
                     return received
-                received += message.token_ids
+                assert {delta.tag for delta in message.deltas} == {7}
+                received += [token_id for delta in message.deltas for token_id in delta.token_ids]
         finally:
             socket.close()
 

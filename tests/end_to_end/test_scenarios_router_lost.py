@@ -45,7 +45,7 @@ def test_the_router_is_lost_after_prefill_has_answered_and_before_decode_has_tak
         check_healthy(deployment, undisturbed)
 
         # The router is killed: its client is told, and the workers join the next one.
-        with Client(deployment.client_address) as client:
+        with Client(deployment.client_address, retries=0) as client:
             deployment.pause(decoder)
             stream = client.stream(prompt, **GREEDY)
             next(stream)

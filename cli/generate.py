@@ -142,9 +142,8 @@ def print_logprobs(choice: Choice) -> None:
     """A line for each token: its id, log probability and rank, and the likeliest tokens there."""
     for token_id, token in zip(choice.token_ids, choice.logprobs or (), strict=False):
         top = ", ".join(f"{other} {logprob:.3f}" for other, logprob in token.top)
-        click.echo(
-            f"{token_id:>8} {token.logprob:>9.3f}  rank {token.rank}" + (f"  top {top}" if top else "")
-        )
+        line = f"{token_id:>8} {token.logprob:>9.3f}  rank {token.rank}"
+        click.echo(f"{line}  top {top}" if top else line)
 
 
 def usage_line(usage: Usage) -> str:

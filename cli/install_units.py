@@ -7,6 +7,7 @@ import shutil
 import sys
 from importlib.resources import files
 from pathlib import Path
+from zipfile import is_zipfile
 
 import click
 
@@ -64,7 +65,7 @@ def install_units(
         _warn_if_hidden(program)
     if not PLAIN_PATH.fullmatch(program) or not os.access(program, os.X_OK) or Path(program).is_dir():
         raise click.UsageError(f"--exec {program} must be an absolute path, without blanks, of a program")
-    replacements = {PROGRAM: program, f"User={USER}\n": f"User={user}\n"}
+    replacements = {PROGRAM: command_of(program), f"User={USER}\n": f"User={user}\n"}
     if str(config_directory) != "/etc/pdengine":
         replacements["/etc/pdengine"] = str(config_directory)
     texts = {name: _replaced(text, replacements) for name, text in packaged_files().items()}
@@ -101,6 +102,12 @@ def running_program() -> str:
         if path and Path(path).name != "__main__.py" and os.access(path, os.X_OK) and Path(path).is_file():
             return str(path)
     raise click.UsageError("which program runs now cannot be told: give its path by --exec")
+
+
+def command_of(program: str) -> str:
+    """What starts the program. One file is run by the Python that runs now, which has torch; the first one in
+    a service's PATH may not."""
+    return f"{sys.executable} {program}" if is_zipfile(program) else program
 
 
 def _warn_if_hidden(program: str, *prefixes: str) -> None:

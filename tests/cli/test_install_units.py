@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 from click.testing import CliRunner, Result
@@ -47,6 +48,16 @@ def test_units_start_the_program_as_the_user(tmp_path: Path) -> None:
             assert "/etc/pdengine" not in unit.replace(f"{tmp_path}/etc", "")
     assert "useradd" in result.output
     assert "systemctl daemon-reload" in result.output
+
+
+def test_one_file_is_started_by_the_python_that_runs_it_now(tmp_path: Path) -> None:
+    program = tmp_path / "pdengine"
+    with ZipFile(program, "w") as archive:
+        archive.writestr("__main__.py", "")
+    program.chmod(0o755)
+    assert install(tmp_path, "--exec", str(program)).exit_code == 0
+    unit = (tmp_path / "units" / "pdengine-prefill@.service").read_text()
+    assert setting(unit, "ExecStart") == [f"{sys.executable} {program} prefill"]
 
 
 def test_configuration_that_is_there_is_left_alone_and_units_are_not(tmp_path: Path) -> None:

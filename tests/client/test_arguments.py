@@ -10,7 +10,7 @@ from scripted_router import routers_and_client
 from pdengine.client import GenerateOptions, TokenLogprobs
 from pdengine.client.arguments import to_request
 from pdengine.transport import messages
-from pdengine.transport.messages import Generate, SamplingParams, TokenPrompt
+from pdengine.transport.messages import Cancel, Generate, SamplingParams, TokenPrompt
 from pdengine.transport.sockets import MessageTooLong
 
 
@@ -101,4 +101,5 @@ async def test_a_request_that_is_too_long_hurts_nobody_else() -> None:
     async with routers_and_client(1) as ([router], client):
         with pytest.raises(MessageTooLong, match="too long: the limit is"):
             await client.generate("x" * 70_000_000)
+        await router.expect(Cancel)
         await asyncio.gather(client.generate([7]), router.answer(1))

@@ -94,6 +94,23 @@ def test_the_document_is_complete(document: schemathesis.BaseSchema) -> None:
     assert {f"{operation.method.upper()} {operation.path}" for operation in operations} == set(ENDPOINTS)
 
 
+@pytest.mark.parametrize(
+    ("path", "prompt"),
+    [
+        ("/v1/completions", {"prompt": "a", "logprobs": 2, "echo": True}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "logprobs": True}),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_is_as_documented(
+    document: schemathesis.BaseSchema, path: str, prompt: dict[str, Any], stream: bool
+) -> None:
+    """Chance asks for streams with log probabilities too rarely."""
+    body = {**prompt, "model": MODEL, "max_tokens": 1, "stream": stream}
+    response = document[path]["POST"].Case(body=body).call_and_validate(checks=CHECKS)
+    assert response.status_code == 200
+
+
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
 def test_no_request_meets_an_answer_that_is_not_documented(
     document: schemathesis.BaseSchema, endpoint: str

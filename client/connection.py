@@ -10,7 +10,7 @@ from pdengine.client.results import GenerateError, RouterUnavailable
 from pdengine.transport import messages
 from pdengine.transport.keys import PeerKeys
 from pdengine.transport.messages import ClientToRouter, RouterToClient
-from pdengine.transport.sockets import MAX_REQUEST_BYTES, PeerSocket, SendFailed
+from pdengine.transport.sockets import LINGER_MS, MAX_REQUEST_BYTES, PeerSocket, SendFailed
 
 INQUIRE_SECONDS = 15.0  # of silence, until a request asks whether the router still has it
 AVOID_SECONDS = 1.0  # a router that can serve nobody, for instance without workers, is left out for so long
@@ -86,7 +86,7 @@ class Connection:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._socket.close()
+        self._socket.close(LINGER_MS if self.connected else 0)  # nobody is there to hear last words
 
     async def _receive(self) -> None:
         while True:

@@ -312,13 +312,13 @@ class PeerSocket(Generic[Incoming]):
             return self._failures.count()
         return self._num_failed_handshakes
 
-    def close(self) -> None:
+    def close(self, linger_ms: int = LINGER_MS) -> None:
         if self._failures is not None:
             self._failures.close()
         if self._monitor is not None:
             self._socket.disable_monitor()
             self._monitor.close(linger=0)
-        self._socket.close(linger=LINGER_MS)
+        self._socket.close(linger=linger_ms)
 
 
 REFUSED = "refused %d connections to the port for %s: no key that is admitted, or not ZeroMQ"

@@ -190,9 +190,7 @@ def _responses(
     """What an endpoint answers, as OpenAPI documents it."""
     content: dict[str, Any] = {"application/json": {"schema": _reference(answer)}}
     if streams:
-        content[
-            "text/event-stream"
-        ] = {}  # readers differ on whether a schema is of one event or of all
+        content["text/event-stream"] = {}  # readers differ on whether a schema is of one event or of all
     responses: Responses = {200: {"description": "OK", "content": content}}
     for status in sorted(errors):
         responses[status] = {

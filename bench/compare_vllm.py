@@ -13,8 +13,8 @@ vLLM is not needed by anything else here and gets a virtual environment of its o
 
 Its settings are those that its documentation advises for CPUs: one OpenMP thread bound to each core, tcmalloc
 and Intel's OpenMP runtime preloaded where they are there, and as much memory for the KV cache as pdengine
-gets. Both compute at most as many tokens in a step as vLLM does by default. Prefix caching and all the rest
-is as it is by default.
+gets. Prefix caching and all the rest is as it is by default, the tokens of a step too: up to 4,096 in vLLM,
+2,048 here. Smaller steps shift waiting from the first tokens to the others.
 
 What a round measured is added to `--rounds-file` at once: a run that was interrupted, or that shall measure
 more rounds or the other system at another time, goes on with the same file. The report is made from all of
@@ -57,12 +57,11 @@ from pdengine.bench.load import (
 from pdengine.bench.machine import write_result
 from pdengine.bench.vllm_server import MAX_MODEL_TOKENS, Peer, PeerUnavailable, find_peer, vllm_server
 from pdengine.client import AsyncClient, GenerateError
+from pdengine.engine.worker_config import WorkerConfig
 
 System = Literal["vllm", "unified", "disaggregated"]
 KV_MEMORY = 2 * 2**30  # bytes; of each worker
-# Tokens per step, of both: what vLLM takes by default on a CPU. It decides how waiting is shared out between
-# the first token (small steps) and the others (large ones), so that different ones cannot be compared.
-MAX_BATCH_TOKENS = 4096
+VLLM_BATCH_TOKENS = 4096  # per step: what it takes by default when it serves on a CPU
 WORKERS: dict[System, tuple[str, ...]] = {
     "unified": ("--prefill", "0", "--decode", "0", "--unified", "1"),
     "disaggregated": ("--prefill", "1", "--decode", "1"),
@@ -186,7 +185,7 @@ def main(
     figures = {
         "versions": _versions(peer),
         "kv_memory_bytes": KV_MEMORY,
-        "max_batch_tokens": MAX_BATCH_TOKENS,
+        "max_batch_tokens": {"pdengine": WorkerConfig.max_batch_tokens, "vllm": VLLM_BATCH_TOKENS},
         "goals": GOALS,
         "results": results,
     }
@@ -224,11 +223,11 @@ def _server(round_: Round, peer: Peer | None, file: Path) -> Iterator[str]:
     if round_.system == "vllm":
         assert peer is not None
         log = file.with_name(f"vllm-{round_.model.name}.log")
-        limits = {"kv_memory": KV_MEMORY, "max_batch_tokens": MAX_BATCH_TOKENS}
+        limits = {"kv_memory": KV_MEMORY, "max_batch_tokens": VLLM_BATCH_TOKENS}
         with vllm_server(peer, round_.model, **limits, log=log) as port:
             yield str(port)
     else:
-        memory = ("--kv-memory", f"{KV_MEMORY}B", "--max-batch-tokens", str(MAX_BATCH_TOKENS))
+        memory = ("--kv-memory", f"{KV_MEMORY}B")
         options = ("--model", str(round_.model), *memory, *WORKERS[round_.system])
         with up(*options) as (_, _, address):
             yield address

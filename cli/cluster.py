@@ -25,7 +25,7 @@ READY_SECONDS = 600.0
 POLL_SECONDS = 0.1
 STOP_SECONDS = 10.0
 RESTART_SECONDS = 10.0  # a worker that dies sooner than this after its start is not started again
-LOG_NO_REQUESTS = ("--log-level", "warning")  # beside what a command prints itself
+LOG_LEVEL = "PDENGINE_LOG_LEVEL"
 LISTENING = re.compile(r"listening for clients on (\S+), for workers on (\S+)")
 
 
@@ -49,7 +49,8 @@ class Cluster:
     """Start with `with Cluster(...) as cluster`, then `wait_ready`; leaving the block stops every process.
 
     The children die with this process, however it dies. config: a file that they read, too. log_arguments:
-    options of all of them. router_arguments: of the router. worker_arguments: of the workers of a role.
+    options of all of them. quiet: they log no requests, unless the environment says how much they log.
+    router_arguments: options of the router. worker_arguments: of the workers of a role.
     metrics_addresses: per worker, in the order of `roles`; empty for none. keys: the directory that `pdengine
     keygen` made; None: no keys, which nobody beyond loopback is served without.
     """
@@ -62,6 +63,7 @@ class Cluster:
         client_address: str = LOOPBACK,
         config: Path | None = None,
         log_arguments: Sequence[str] = (),
+        quiet: bool = False,
         router_arguments: Sequence[str] = (),
         worker_arguments: Mapping[Role, Sequence[str]] | None = None,
         metrics_addresses: Sequence[str] | None = None,
@@ -74,6 +76,7 @@ class Cluster:
         # Those in the environment or the file are meant for one process.
         always = self.arguments_of(model_directory, config)
         self._arguments = [*always, "--keys", str(keys or ""), *log_arguments]
+        self._quiet = quiet
         self._keys = keys
         self._roles = list(roles)
         self._client_address = client_address
@@ -186,7 +189,10 @@ class Cluster:
     def _environment(self) -> dict[str, str]:
         """Workers of one machine share its cores, instead of each starting a thread per core."""
         threads = max(1, usable_cores() // len(self._roles))
-        return {"OMP_NUM_THREADS": str(threads), **os.environ}
+        environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+        if self._quiet and not environment.get(LOG_LEVEL):
+            environment[LOG_LEVEL] = "warning"
+        return environment
 
     @staticmethod
     def _reap(child: Child, seconds: float) -> None:

@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from pdengine.cli.cluster import LOG_NO_REQUESTS, Cluster
+from pdengine.cli.cluster import Cluster
 from pdengine.cli.options import errors_in_one_line
 from pdengine.client import Client, Completion
 from pdengine.models.demo.facts import DemoQuestion, checkpoint_directory, demo_questions
@@ -42,7 +42,7 @@ def demo() -> None:
         with Cluster(
             checkpoint_directory(),
             roles=list(memory),
-            log_arguments=LOG_NO_REQUESTS,
+            quiet=True,
             worker_arguments=memory,
         ) as cluster:
             cluster.wait_ready()

@@ -4,7 +4,7 @@ from contextlib import ExitStack
 
 import click
 
-from pdengine.cli.cluster import LOG_NO_REQUESTS, Cluster
+from pdengine.cli.cluster import Cluster
 from pdengine.cli.options import errors_in_one_line, keys_option
 from pdengine.client import Choice, Client, Completion
 from pdengine.client.async_client import DEFAULT_ADDRESS
@@ -90,9 +90,7 @@ def generate(
     with errors_in_one_line(), ExitStack() as stack:
         if model is not None:
             directory = resolve_model(model, revision=revision)
-            cluster = stack.enter_context(
-                Cluster(directory, roles=["unified"], log_arguments=LOG_NO_REQUESTS)
-            )
+            cluster = stack.enter_context(Cluster(directory, roles=["unified"], quiet=True))
             cluster.wait_ready()
             router_address = cluster.client_address
         client = stack.enter_context(

@@ -34,16 +34,21 @@ from pdengine.transport.sockets import raise_file_limit
 logger = logging.getLogger(__name__)
 
 
+def http_address_option(*, default: str | None) -> Callable[[Function], Function]:
+    """default: the address, or None for not at all."""
+    return option(
+        "--http",
+        "http_address",
+        metavar="HOST:PORT",
+        default=default,
+        help="Serve OpenAI's API over HTTP here; PORT alone is on loopback.",
+    )
+
+
 def http_options(*, default: str | None) -> Callable[[Function], Function]:
-    """How HTTP is served. default: the address, or None for not at all."""
+    """How HTTP is served. default: see `http_address_option`."""
     options = [
-        option(
-            "--http",
-            "http_address",
-            metavar="HOST:PORT",
-            default=default,
-            help="Serve OpenAI's API over HTTP here; PORT alone is on loopback.",
-        ),
+        http_address_option(default=default),
         option("--served-model-name", help="What requests call the model; by default its directory's name."),
         option(
             "--api-keys",

@@ -58,14 +58,20 @@ def install_units(
     for name, directory in (("--prefix", prefix), ("--config-directory", config_directory)):
         if not PLAIN_PATH.fullmatch(str(directory)):
             raise click.UsageError(f"{name} {str(directory)!r} must be an absolute path without blanks")
-    if program is None:
-        program = running_program()
+    is_this_one = program is None
+    program = running_program() if program is None else program
+    *python, _ = command = command_of(program)
+    if python or is_this_one:
         _warn_if_hidden(program, sys.base_prefix, sys.prefix)
     else:
         _warn_if_hidden(program)
+    if python and not PLAIN_PATH.fullmatch(python[0]):
+        raise click.UsageError(
+            f"{python[0]!r}, the Python that would run {program}, must be an absolute path without blanks"
+        )
     if not PLAIN_PATH.fullmatch(program) or not os.access(program, os.X_OK) or Path(program).is_dir():
         raise click.UsageError(f"--exec {program} must be an absolute path, without blanks, of a program")
-    replacements = {PROGRAM: command_of(program), f"User={USER}\n": f"User={user}\n"}
+    replacements = {PROGRAM: " ".join(command), f"User={USER}\n": f"User={user}\n"}
     if str(config_directory) != "/etc/pdengine":
         replacements["/etc/pdengine"] = str(config_directory)
     texts = {name: _replaced(text, replacements) for name, text in packaged_files().items()}
@@ -104,10 +110,10 @@ def running_program() -> str:
     raise click.UsageError("which program runs now cannot be told: give its path by --exec")
 
 
-def command_of(program: str) -> str:
+def command_of(program: str) -> list[str]:
     """What starts the program. One file is run by the Python that runs now, which has torch; the first one in
     a service's PATH may not."""
-    return f"{sys.executable} {program}" if is_zipfile(program) else program
+    return [sys.executable, program] if is_zipfile(program) else [program]
 
 
 def _warn_if_hidden(program: str, *prefixes: str) -> None:

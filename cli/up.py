@@ -11,6 +11,7 @@ import click
 
 from pdengine.cli.cluster import LOOPBACK, Cluster
 from pdengine.cli.config_file import option_tables
+from pdengine.cli.http import http_address_option
 from pdengine.cli.logs import log_options
 from pdengine.cli.options import (
     Function,
@@ -44,6 +45,7 @@ def _count_option(role: Role, default: int) -> Callable[[Function], Function]:
 @_count_option("decode", 1)
 @_count_option("unified", 0)
 @client_address_option
+@http_address_option(default=None)
 @local_prefill_option
 @worker_options
 @click.pass_context
@@ -53,6 +55,7 @@ def up(
     model: str,
     revision: str | None,
     client_address: str,
+    http_address: str | None,
     local_prefill_tokens: int,
     keys: str | None,
     **_options: Any,
@@ -73,7 +76,10 @@ def up(
             client_address=client_address,
             config=ctx.params["config"],
             log_arguments=log_arguments,
-            router_arguments=["--local-prefill-tokens", str(local_prefill_tokens)],
+            router_arguments=[
+                *("--local-prefill-tokens", str(local_prefill_tokens)),
+                *_given(ctx, {"http": "http_address"}),  # else the router looks into the environment and the file
+            ],
             worker_arguments=_planned_arguments(ctx, configs),
             metrics_addresses=metrics_addresses(configs),
             keys=Path(keys) if keys else None,
@@ -90,6 +96,8 @@ def up(
             click.echo(
                 f'try:   pdengine generate "Once upon a time" --router {cluster.client_address}{with_keys}'
             )
+            if http_address:
+                click.echo(f"HTTP:  OpenAI's API on {http_address}")
             click.echo("stop:  Ctrl-C")
             cluster.supervise(stop)
     click.echo("stopped", err=True)

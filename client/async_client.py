@@ -88,6 +88,7 @@ class AsyncClient:
             self.cancel(tag)
         for connection in self._connections:
             connection.tell_all(Cancelled, "the client was closed")
+        self._connection_of.clear()  # streams that are closed later have nothing to say
         self.wake()
         for connection in self._connections:
             await connection.close()
@@ -163,12 +164,17 @@ class AsyncClient:
         return self._open_at(best)
 
     def send(self, message: ClientToRouter) -> None:
-        """To the router of the tag. Raises RouterUnavailable, or ValueError for what cannot be encoded."""
+        """To the router of the tag. Raises RouterUnavailable, Cancelled if the client is closed, or ValueError
+        for what cannot be encoded."""
+        if self._closed:
+            raise Cancelled("the client was closed")
         self._connection_of[message.tag].send(message)
 
     def cancel(self, tag: int) -> None:
-        with suppress(RouterUnavailable):  # a router aborts the requests of a client that is gone
-            self._connection_of[tag].send(Cancel(tag))
+        connection = self._connection_of.get(tag)
+        if connection is not None:
+            with suppress(RouterUnavailable):  # a router aborts the requests of a client that is gone
+                connection.send(Cancel(tag))
 
     def forget(self, tag: int) -> None:
         connection = self._connection_of.pop(tag, None)

@@ -20,7 +20,8 @@ from pdengine.transport.messages import SamplingParams
 MAX_HIDDEN_SIZE, MAX_HEAD_DIM = 16384, 256  # of the kernels, which a worker on a CPU does not import
 TRIAL_BLOCKS = 16  # of the pool for the measurement
 DRAWN = SamplingParams(max_tokens=1, temperature=1.0, top_k=50, top_p=0.9, seed=0)
-SCORED = replace(DRAWN, logit_bias={0: 1.0}, logprobs=20, prompt_logprobs=20)  # all that takes memory
+# All that takes memory but penalties, which take about 60 bytes per row and distinct token.
+SCORED = replace(DRAWN, logit_bias={0: 1.0}, logprobs=20, prompt_logprobs=20)
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,15 @@ class LogitChanges(NamedTuple):
     penalty: npt.NDArray[np.float32]
 
 
-def changes_logits(sampling: SamplingParams) -> bool:
-    """Whether any field does anything to logits, at the beginning of the answer or later."""
-    return sampling.min_tokens > 0 or _changes_all(sampling)
+def changes_logits(sampling: SamplingParams, num_written: int) -> bool:
+    """Whether any field does anything to the logits of the token after the first `num_written` of the answer.
+    Once none does, none ever will."""
+    has_ends = bool(sampling.stop_token_ids) or not sampling.ignore_eos
+    return changes_all(sampling) or (has_ends and num_written < sampling.min_tokens)
 
 
-def _changes_all(sampling: SamplingParams) -> bool:
+def changes_all(sampling: SamplingParams) -> bool:
+    """Whether the logits of every token are changed, from the first to the last."""
     return (
         sampling.repetition_penalty != 1
         or sampling.presence_penalty != 0
@@ -55,7 +58,7 @@ class LogitTable:
         self._num_prompt_tokens = num_prompt_tokens
         self._num_taken = 0  # leading tokens of the sequence that are in the table
         self._counts: Counter[int] = Counter()  # of the answer, if they matter
-        self._changes_all = _changes_all(sampling)
+        self._changes_all = changes_all(sampling)
         self._places: dict[int, int] = {}  # token id -> place in the arrays, which have room for more
         self._token_ids = np.empty(0, np.int64)
         self._columns = np.empty((3, 0), np.float32)
@@ -85,7 +88,8 @@ class LogitTable:
         sampling = self._sampling
         start, self._num_taken = self._num_taken, len(token_ids)
         if sampling.repetition_penalty != 1:
-            self._write(FACTOR, token_ids[start:], sampling.repetition_penalty)
+            distinct = list(dict.fromkeys(token_ids[start:]))  # at first it is the whole prompt
+            self._write(FACTOR, distinct, sampling.repetition_penalty)
         if sampling.presence_penalty or sampling.frequency_penalty:
             written = token_ids[max(start, self._num_prompt_tokens) :]
             self._counts.update(written)

@@ -36,10 +36,17 @@ class OpenAnswers:
         return len(self._requests)
 
     def begin(self, record: RequestRecord, choices: Iterable[int]) -> None:
-        """An older attempt than the one that is here is not begun: the engine ignores it, too."""
+        """An older attempt than the one that is here is not begun: the engine ignores it, too. A newer one
+        takes its place, and of the same only the answers are replaced: it goes on with those."""
         known = self._requests.get(record.request_id)
-        if known is None or known.record.attempt <= record.attempt:
-            self._requests[record.request_id] = _Open(set(choices), record)
+        if known is not None and known.record.attempt == record.attempt:
+            known.choices = set(choices)
+            return
+        if known is not None:
+            if known.record.attempt > record.attempt:
+                return
+            self._end(known.record, "dropped")
+        self._requests[record.request_id] = _Open(set(choices), record)
 
     def give_up(self, request_id: str, choices: Iterable[int] | None) -> None:
         """choices: None is all of them."""

@@ -72,15 +72,15 @@ class Sequence:
     was_preempted: bool = False  # at least once
     finish_reason: FinishReason | None = None
     num_scored: int = field(init=False)  # leading tokens of the prompt that need no log probabilities
-    changes_logits: bool = field(init=False)
-    is_plain: bool = field(init=False)  # nothing is asked for but tokens, drawn from the model's own logits
+    changes_logits: bool = field(init=False)  # those of its next token
+    is_plain: bool = field(init=False)  # from now on only tokens are asked for, of the model's own logits
     logit_table: LogitTable | None = None  # made when it is needed first
 
     def __post_init__(self) -> None:
         sampling = self.sampling
         scores_prompt = sampling.prompt_logprobs is not None and self.mode is not Mode.DECODE
         self.num_scored = 1 if scores_prompt else self.num_prompt_tokens
-        self.changes_logits = changes_logits(sampling)
+        self.changes_logits = changes_logits(sampling, self.num_output_tokens)
         self.is_plain = not (self.changes_logits or scores_prompt or sampling.logprobs is not None)
 
     @property
@@ -118,6 +118,9 @@ class Sequence:
         """Take the next token of the answer and see whether it is the last one."""
         sampling = self.sampling
         self.token_ids.append(token_id)
+        if not self.is_plain:  # its prompt is scored by now, and is not again if it is computed anew
+            self.changes_logits = changes_logits(sampling, self.num_output_tokens)
+            self.is_plain = not self.changes_logits and sampling.logprobs is None
         ends = token_id in sampling.stop_token_ids or (token_id in eos_token_ids and not sampling.ignore_eos)
         if ends and self.num_output_tokens > sampling.min_tokens:
             self.finish_reason = "stop"

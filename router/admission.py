@@ -20,7 +20,8 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1024  # of all stop strings together
 MAX_BIASED_TOKENS = 1024
 MAX_LOGPROBS = 20
-MAX_PROMPT_LOGPROBS = 2**20  # of all tokens of a prompt together: they are one message
+MAX_PROMPT_LOGPROBS = 2**18  # of all tokens of a prompt together: they are one message
+REPETITION_PENALTY = (0.01, 100.0)  # logits stay finite in float32
 MAX_CHOICES = 128
 MAX_TOKENS_OF_CHOICES = 2**20  # of all answers of one request together, where there are several
 MAX_SALT_CHARACTERS = 256
@@ -113,10 +114,12 @@ def _check_logits(sampling: SamplingParams, vocab_size: int) -> None:
         penalty = getattr(sampling, field)
         if not -2 <= penalty <= 2:
             raise InvalidRequest(field, f"{field} is {penalty}, it must be at least -2 and at most 2")
-    if not (math.isfinite(sampling.repetition_penalty) and sampling.repetition_penalty > 0):
+    low, high = REPETITION_PENALTY
+    if not low <= sampling.repetition_penalty <= high:
         raise InvalidRequest(
             "repetition_penalty",
-            f"repetition_penalty is {sampling.repetition_penalty}, it must be a finite number above 0",
+            f"repetition_penalty is {sampling.repetition_penalty}, it must be at least {low} and at most "
+            f"{high}",
         )
     if len(sampling.logit_bias) > MAX_BIASED_TOKENS:
         raise InvalidRequest(
@@ -161,6 +164,14 @@ def check_prompt_ids(token_ids: Sequence[int], vocab_size: int) -> None:
     check_token_ids("prompt", token_ids, vocab_size)
 
 
+def check_prompt_length(num_tokens: int, max_context: int) -> None:
+    """Raise InvalidRequest for a prompt that leaves no room for an answer."""
+    if num_tokens >= max_context:
+        raise InvalidRequest(
+            "prompt", f"prompt has {num_tokens} tokens, the model's context is {max_context} with the answer"
+        )
+
+
 def check_fits(num_prompt_tokens: int, sampling: SamplingParams, limits: Limits) -> None:
     """Raise InvalidRequest if no worker could ever take a request of this size."""
     max_tokens = sampling.max_tokens
@@ -168,10 +179,7 @@ def check_fits(num_prompt_tokens: int, sampling: SamplingParams, limits: Limits)
     limit = limits.max_context
     if limit is None:
         raise InvalidRequest(None, "no worker has joined this router yet")
-    if num_prompt_tokens >= limit:
-        raise InvalidRequest(
-            "prompt", f"prompt has {num_prompt_tokens} tokens, the model's context is {limit} with the answer"
-        )
+    check_prompt_length(num_prompt_tokens, limit)
     if total > limit:
         raise InvalidRequest(
             "max_tokens",

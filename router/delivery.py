@@ -20,7 +20,7 @@ from pdengine.transport.messages import (
 
 
 class Delivery:
-    """send: to a worker. end: gives a request its outcome."""
+    """release: tells a worker of a lease that nobody wants. end: gives a request its outcome."""
 
     def __init__(
         self,
@@ -78,6 +78,7 @@ class Delivery:
         known += message.logprobs[num_again : num_again + missing]
         if not request.lacks_prompt_logprobs:
             self._outbox.send(request.client, PromptLogprobs(request.tag, known))
+            request.prompt_logprobs = None  # told, and needed nowhere else
 
     def _take_token(self, token: TokenUpdate) -> None:
         request = self._ledger.current(token.request_id, token.attempt)

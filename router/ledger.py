@@ -68,9 +68,9 @@ class Request:
     choices: one per answer that was asked for. prefix: names of the prompt's blocks. cached_tokens: what the
     attempt that wrote the first token did not have to compute of the prompt. early_worker: engine id of a
     decode worker that pulls the prompt while it is computed, or holds the blocks that it is pushed into.
-    prompt_logprobs: of the prompt's tokens but the first, as far as they were told; None if nobody asked.
-    refused_by: workers that had no room for this attempt. lease: held for this request and not yet taken over
-    by a decode worker (`lease_accepted`) or read.
+    prompt_logprobs: of the prompt's tokens but the first, as far as they were told; None if nobody waits for
+    them. refused_by: workers that had no room for this attempt. lease: held for this request and not yet
+    taken over by a decode worker (`lease_accepted`) or read.
     """
 
     request_id: str

@@ -21,6 +21,7 @@ from pdengine.transport.sockets import (
 CLIENTS, WORKERS = "clients", "workers"
 ADMITTED: dict[str, tuple[KeyRole, ...]] = {CLIENTS: ("client", "operator"), WORKERS: ("worker",)}
 REQUEST_QUEUE = 8  # messages of one client that wait in memory to be read, each up to MAX_REQUEST_BYTES
+ANSWER_QUEUE = 1_000  # messages to one client that does not read, each what one engine step wrote for it
 
 
 class Ports:
@@ -51,6 +52,7 @@ class Ports:
                 keys=self._server_keys(CLIENTS),
                 max_message_bytes=MAX_REQUEST_BYTES,
                 receive_queue=REQUEST_QUEUE,
+                send_queue=ANSWER_QUEUE,
             )
             self.workers = ServerSocket[WorkerToRouter](
                 self._context,

@@ -183,7 +183,10 @@ class Router:
             finally:
                 request.task = None
         except InvalidRequest as error:
-            self._end(request, Rejected(request.tag, str(error), error.field))
+            if error.field is None:  # nothing is wrong with it: another router may have workers
+                self._end(request, Failed(request.tag, str(error), retry=True))
+            else:
+                self._end(request, Rejected(request.tag, str(error), error.field))
             return
         except Exception as error:
             logger.exception("tokenizing failed")

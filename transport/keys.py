@@ -108,7 +108,8 @@ def read_key_file(path: Path, roles: Collection[KeyRole]) -> KeyFile:
 
 
 def write_key_file(path: Path, keys: KeyFile, *, overwrite: bool = False) -> None:
-    """Write a file that only its owner may read, at once or not at all. Raises KeysError."""
+    """Write a file that only its owner may read, at once or not at all. As root, one that is there keeps
+    its owner. Raises KeysError."""
     beside = path.with_name(f".{path.name}.new")
     try:
         if path.exists() and not overwrite:
@@ -116,6 +117,9 @@ def write_key_file(path: Path, keys: KeyFile, *, overwrite: bool = False) -> Non
         beside.unlink(missing_ok=True)
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            if path.exists() and os.geteuid() == 0:  # else the process that reads it no longer could
+                owner = path.stat()
+                os.fchown(descriptor, owner.st_uid, owner.st_gid)
             file.write(_to_toml(keys))
             file.flush()
             os.fsync(file.fileno())

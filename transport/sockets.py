@@ -135,11 +135,13 @@ class ServerSocket(Generic[Incoming]):
         keys: ServerKeys | None = None,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         receive_queue: int = HIGH_WATER_MARK,
+        send_queue: int = HIGH_WATER_MARK,
     ) -> None:
         self._socket = _configure(context.socket(zmq.ROUTER))
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes + CURVE_BYTES)
         self._socket.setsockopt(zmq.RCVHWM, receive_queue)
+        self._socket.setsockopt(zmq.SNDHWM, send_queue)
         self._socket.setsockopt(zmq.BACKLOG, BACKLOG)
         if keys is not None:
             self._socket.setsockopt(zmq.CURVE_SERVER, 1)
@@ -299,14 +301,18 @@ class PeerSocket(Generic[Incoming]):
             event = parse_monitor_message(await self._monitor.recv_multipart())["event"]
             if event & HANDSHAKE_FAILURES:
                 self._num_failed_handshakes += 1
-            else:
-                return bool(event == zmq.EVENT_HANDSHAKE_SUCCEEDED)
+                continue
+            is_up = bool(event == zmq.EVENT_HANDSHAKE_SUCCEEDED)
+            if is_up:
+                self._num_failed_handshakes = 0  # the keys do go together: what comes later is an outage
+            return is_up
 
     @property
     def num_failed_handshakes(self) -> int:
         """Attempts to connect that ended in the handshake, most likely because the keys do not go together.
 
-        Look now and then: they are queued until then, or until somebody awaits `connection_change`.
+        Look now and then: they are queued until then, or until somebody awaits `connection_change`; then those
+        before the last connection that came up do not count.
         """
         if self._failures is not None:
             return self._failures.count()
@@ -336,7 +342,7 @@ async def watch_handshakes(
         numbers = {name: socket.num_failed_handshakes for name, socket in look().items()}
         for name, number in numbers.items():
             new = number - told.get(name, 0)
-            if new:
+            if new > 0:  # less: another socket of this name, or a connection that came up
                 logger.warning(warning, new, name)
         told = numbers
 

@@ -1,7 +1,7 @@
 """What a step of single tokens is about, in memory that stays where it is.
 
 Between two steps of a large model all that Python had in the caches is gone: what is computed anew costs ten
-times as much as in a loop of its own. So nothing is allocated, and hardly anything is called.
+times as much as in a loop of its own. So hardly anything is allocated or called.
 """
 
 from __future__ import annotations

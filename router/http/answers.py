@@ -80,7 +80,11 @@ class Answer:
         if self._error is not None:  # it was cancelled in the meantime
             raise self._error
         self._tag, self._replies = self._client.open()
-        self._client.send(msgspec.structs.replace(self._request, tag=self._tag))
+        try:
+            self._client.send(msgspec.structs.replace(self._request, tag=self._tag))
+        except ValueError as error:  # larger than a message may be
+            self._forget()
+            raise Rejected(str(error), "prompt") from error
         self._heard = True
         self._break_silence()
 

@@ -60,6 +60,8 @@ def complete(service: Service, body: CompletionBody) -> "AnswerResponse":
     check_unknown(extras(body), NEUTRAL)
     if body.max_tokens == 0 and not body.echo:
         raise ApiError(HTTPStatus.BAD_REQUEST, "max_tokens: 0 only with echo", param="max_tokens")
+    if body.max_tokens == 0 and body.min_tokens:
+        raise ApiError(HTTPStatus.BAD_REQUEST, "min_tokens: more than max_tokens", param="min_tokens")
     shape = CompletionShape(
         f"cmpl-{uuid4().hex}",
         service.model,
@@ -135,6 +137,8 @@ class AnswerResponse(Response):
         self._shape = shape
         self._prompt_field = prompt_field
         self._n = body.n or 1
+        self._logprobs_per_token = 0 if body.num_logprobs is None else 1 + body.num_logprobs
+        self._num_logprobs = 0
         self._asked_at = monotonic()
         self._prompt_ids: list[list[int]] = []
         self._echoes: dict[int, Echo] = {}  # by prompt
@@ -175,14 +179,15 @@ class AnswerResponse(Response):
                 await self._collect(batches, answers, send)
 
     async def _to_generate(self, prompt: Prompt) -> Generate:
-        body, max_tokens = self._body, self._max_tokens
+        body, max_tokens, num_logprobs = self._body, self._max_tokens, self._logprobs_per_token
         tokens = await self._service.to_tokens(prompt, self._prompt_field)
         self._prompt_ids.append(tokens.token_ids)
         if max_tokens is None:
             # If nothing is left, the router says so.
             max_tokens = max(1, await self._service.max_request_tokens() - len(tokens.token_ids))
-            if self._n > 1:
-                max_tokens = min(max_tokens, MAX_TOKENS_OF_CHOICES // self._n)
+            if self._n > 1 or num_logprobs > 1:
+                max_tokens = min(max_tokens, MAX_TOKENS_OF_CHOICES // (self._n * max(1, num_logprobs)))
+        self._count_logprobs(max_tokens + (len(tokens.token_ids) if body.echoes else 0))
         return Generate(
             tag=0,
             prompt=tokens,
@@ -192,6 +197,20 @@ class AnswerResponse(Response):
             cache_salt=body.cache_salt or "",
             stop=body.stop_strings,
         )
+
+    def _count_logprobs(self, num_tokens: int) -> None:
+        """All of them are in memory at once. Raises ApiError for more than that bears.
+
+        num_tokens: of each of the n answers to one prompt.
+        """
+        self._num_logprobs += self._n * num_tokens * self._logprobs_per_token
+        if self._num_logprobs > MAX_TOKENS_OF_CHOICES:
+            raise ApiError(
+                HTTPStatus.BAD_REQUEST,
+                f"the answers may have {self._num_logprobs} log probabilities, the limit is "
+                f"{MAX_TOKENS_OF_CHOICES}: ask for fewer of logprobs, n or max_tokens",
+                param="logprobs",
+            )
 
     async def _batches(self, answers: Answers) -> AsyncGenerator[tuple[int, list[Delta]]]:
         """Deltas as they are shown, with the index of their prompt, whose echo is there before them."""

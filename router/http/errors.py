@@ -52,10 +52,10 @@ def of_outcome(error: GenerateError | InvalidRequest, prompt_field: str) -> ApiE
     prompt_field: what the client calls the prompt.
     """
     match error:
-        case Rejected(field=None):  # there are no workers
+        case Rejected(field=None):  # no worker has room
             return unavailable(str(error))
         case Rejected(field=field) | InvalidRequest(field=field):
-            param = prompt_field if field == "prompt" else field
+            param = {"prompt": prompt_field, "prompt_logprobs": "logprobs"}.get(field, field)
             return ApiError(HTTPStatus.BAD_REQUEST, str(error), param=param)
         case RouterUnavailable() | Failed():
             return unavailable(str(error))

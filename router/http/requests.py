@@ -27,6 +27,7 @@ from pdengine.router.admission import (
     MAX_STOP_CHARACTERS,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKENS,
+    REPETITION_PENALTY,
 )
 from pdengine.transport.messages import SamplingParams
 
@@ -121,7 +122,7 @@ class SamplingBody(Body):
     ignore_eos: bool | None = False
     presence_penalty: Penalty | None = 0.0
     frequency_penalty: Penalty | None = 0.0
-    repetition_penalty: Annotated[Number, Gt(0)] | None = 1.0
+    repetition_penalty: Annotated[Number, Ge(REPETITION_PENALTY[0]), Le(REPETITION_PENALTY[1])] | None = 1.0
     logit_bias: LogitBias | None = Field(None, description="Token ids to what is added to their logits.")
     stream: bool | None = False
     stream_options: StreamOptions | None = None

@@ -12,7 +12,7 @@ from typing import TypeVar
 from pdengine.client import AsyncClient, GenerateError, RouterUnavailable
 from pdengine.models.config import load_config
 from pdengine.models.tokenizer import Tokenizer
-from pdengine.router.admission import InvalidRequest, tokenize
+from pdengine.router.admission import InvalidRequest, check_prompt_length, tokenize
 from pdengine.router.http.config import HttpConfig
 from pdengine.router.http.errors import RETRY_SECONDS, ApiError, of_outcome, unavailable
 from pdengine.router.http.logprobs import TokenNames
@@ -94,12 +94,14 @@ class Service:
 
     async def to_tokens(self, prompt: Prompt, field: str) -> TokenPrompt:
         """Tokenize here and not in the router: there may be several of these processes. Raises ApiError."""
-        if isinstance(prompt, TokenPrompt):
-            return prompt
         try:
-            return TokenPrompt(await self.on_thread(lambda: tokenize(prompt, self.tokenizer)))
+            if not isinstance(prompt, TokenPrompt):
+                prompt = TokenPrompt(await self.on_thread(lambda: tokenize(prompt, self.tokenizer)))
+            # What is far too long the router would take for no message at all, and not say whose it was.
+            check_prompt_length(len(prompt.token_ids), self.max_model_len)
         except InvalidRequest as error:
             raise of_outcome(error, field) from error
+        return prompt
 
     async def on_thread(self, function: Callable[[], T]) -> T:
         """Run what takes long, as tokenizing long text does, beside the loop."""

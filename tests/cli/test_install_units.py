@@ -50,14 +50,35 @@ def test_units_start_the_program_as_the_user(tmp_path: Path) -> None:
     assert "systemctl daemon-reload" in result.output
 
 
-def test_one_file_is_started_by_the_python_that_runs_it_now(tmp_path: Path) -> None:
+def one_file(tmp_path: Path) -> Path:
     program = tmp_path / "pdengine"
     with ZipFile(program, "w") as archive:
         archive.writestr("__main__.py", "")
     program.chmod(0o755)
+    return program
+
+
+def test_one_file_is_started_by_the_python_that_runs_it_now(tmp_path: Path) -> None:
+    program = one_file(tmp_path)
     assert install(tmp_path, "--exec", str(program)).exit_code == 0
     unit = (tmp_path / "units" / "pdengine-prefill@.service").read_text()
     assert setting(unit, "ExecStart") == [f"{sys.executable} {program} prefill"]
+
+
+def test_the_python_of_one_file_must_be_one_that_the_services_see(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "prefix", "/home/me/venv")
+    assert "will not find /home/me/venv" in install(tmp_path, "--exec", str(one_file(tmp_path))).output
+    assert "will not find" not in install(tmp_path, "--exec", TRUE).output
+
+
+def test_a_python_that_no_unit_could_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/opt/my python/bin/python")
+    result = install(tmp_path, "--exec", str(one_file(tmp_path)))
+    assert result.exit_code == 2
+    assert "'/opt/my python/bin/python', the Python that would run" in result.output
+    assert not (tmp_path / "units").exists()
 
 
 def test_configuration_that_is_there_is_left_alone_and_units_are_not(tmp_path: Path) -> None:

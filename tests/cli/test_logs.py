@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pdengine.cli.cluster import Cluster
 from pdengine.cli.logs import MAX_WAITING_LINES, JsonFormatter, StreamWriter, TextFormatter
 from pdengine.cli.main import main
 from pdengine.engine.worker_config import StartupError
@@ -174,3 +175,26 @@ def test_up_hands_on_what_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         assert arguments[arguments.index("--log-level") + 1] == "warning"
         assert "--log-format" not in arguments
     assert len(told) == 3
+
+
+@pytest.mark.parametrize(("level", "expected"), [(None, "warning"), ("", "warning"), ("debug", "debug")])
+@pytest.mark.parametrize(
+    "command",
+    [["demo"], ["generate", "The", "--model", str(checkpoint_directory())]],
+    ids=lambda words: words[0],
+)
+def test_a_command_that_prints_answers_has_no_requests_in_between_unless_that_is_wanted(
+    command: list[str], level: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[list[str], str]] = []
+
+    def no_start(cluster: Cluster) -> None:
+        told.append((cluster._arguments, cluster._environment()["PDENGINE_LOG_LEVEL"]))
+        raise StartupError("that is all")
+
+    monkeypatch.setattr(Cluster, "_start", no_start)
+    result = CliRunner().invoke(main, command, env={"PDENGINE_LOG_LEVEL": level})
+    assert "that is all" in result.output
+    [(arguments, told_level)] = told
+    assert told_level == expected
+    assert "--log-level" not in arguments

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from fake_cluster import DEADLINE_SECONDS, on_event_loop
+from fake_cluster import DEADLINE_SECONDS, on_event_loop, running_cluster
 from router_thread import HOLD, RouterThread
 from scripted_router import ScriptedRouter, routers_and_client
 
@@ -28,8 +28,9 @@ from pdengine.client import (
     RouterUnavailable,
     TimedOut,
 )
+from pdengine.client.connection import Connection
 from pdengine.transport import messages
-from pdengine.transport.messages import Cancel, Generate, Inquire
+from pdengine.transport.messages import Cancel, Generate, Inquire, PrefillAndDecode
 
 T = TypeVar("T")
 
@@ -227,6 +228,22 @@ async def test_after_a_token_a_lost_router_is_an_error() -> None:
         assert routers[1].received == []
 
 
+@on_event_loop
+async def test_a_router_without_workers_leaves_its_requests_to_another() -> None:
+    async with running_cluster() as without, running_cluster() as cluster:
+        worker = await cluster.worker("unified")
+        addresses = [without.router.client_address, cluster.router.client_address]
+        async with AsyncClient(addresses, connect_timeout=DEADLINE_SECONDS) as client:
+            for address in addresses:
+                await client.status(address)
+            tasks = [asyncio.create_task(client.generate("The", max_tokens=1)) for _ in range(4)]
+            for _ in tasks:
+                work = (await worker.expect(PrefillAndDecode)).work
+                worker.send_tokens(work, [7], finish_reason="length")
+            for task in tasks:
+                assert (await soon(task)).token_ids == [7]
+
+
 @pytest.mark.parametrize("retries", [0, 2])
 @on_event_loop
 async def test_retries_have_a_bound(monkeypatch: pytest.MonkeyPatch, retries: int) -> None:
@@ -300,6 +317,23 @@ async def test_closing_while_a_request_waits_to_be_sent_again(what: str) -> None
         with pytest.raises(asyncio.CancelledError if what == "task" else Cancelled):
             await soon(first)
         assert client._connection_of == {}
+
+
+@on_event_loop
+async def test_a_stream_that_is_closed_after_its_client_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with routers_and_client(1) as (routers, client):
+        stream, first = await begin(client)
+        request = await routers[0].expect(Generate)
+        routers[0].write(request.tag, 1)
+        await soon(first)
+        await client.close()
+        assert await routers[0].expect(Cancel) == Cancel(request.tag)
+        late: list[messages.Message] = []
+        monkeypatch.setattr(Connection, "send", lambda _, message: late.append(message))
+        with pytest.raises(Cancelled, match="the client was closed"):
+            client.send(Inquire(request.tag))
+        await stream.aclose()
+        assert late == []
 
 
 @on_event_loop

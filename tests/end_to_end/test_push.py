@@ -56,7 +56,7 @@ def test_aborted_pushes_leave_nothing_behind(
 def test_workers_that_stand_still_or_die_in_a_push(
     wandering_model: Path, undisturbed: Client, tmp_path: Path
 ) -> None:
-    prompts = [random_prompt(5000, seed) for seed in range(8)]
+    prompts = [random_prompt(3000, seed) for seed in range(4)]
     with (
         cluster(wandering_model, tmp_path, router=PUSH, prefill=SMALL_STEPS) as deployment,
         Client(deployment.client_address) as client,

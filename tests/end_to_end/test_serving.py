@@ -173,7 +173,7 @@ def test_without_a_worker_that_can_go_on_the_request_fails_with_a_reason(model: 
             deployment.stop(worker, signal.SIGKILL)
             with pytest.raises(Failed, match="no worker"):
                 list(stream)
-            with pytest.raises(Rejected, match="no worker"):
+            with pytest.raises(Failed, match="no worker has joined"):
                 client.generate("the cat")
 
 

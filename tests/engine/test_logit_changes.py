@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from sequences import make_sequence
 from torch import Tensor
 from transformers import MinNewTokensLengthLogitsProcessor, RepetitionPenaltyLogitsProcessor
@@ -163,6 +164,55 @@ def test_min_tokens_costs_nothing_once_they_are_written() -> None:
     sampling = SamplingParams(max_tokens=9, seed=1, min_tokens=2)
     assert extras_of([decoding(sampling, [1], [4, 5])]).adjustment is None
     assert isinstance(extras_of([decoding(sampling, [1], [4])]).adjustment, LogitAdjustment)
+
+
+PLAIN = SamplingParams(max_tokens=9, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "num_special"),
+    [
+        (PLAIN, 0),
+        (replace(PLAIN, prompt_logprobs=2), 1),
+        (replace(PLAIN, min_tokens=2), 2),
+        (replace(PLAIN, min_tokens=2, prompt_logprobs=0), 2),
+        (replace(PLAIN, min_tokens=2, ignore_eos=True), 0),  # there is no end to keep away
+        (replace(PLAIN, min_tokens=2, ignore_eos=True, stop_token_ids=(5,)), 2),
+        (replace(PLAIN, min_tokens=1, logit_bias={5: 1.0}), 4),
+        (replace(PLAIN, repetition_penalty=1.1), 4),
+        (replace(PLAIN, presence_penalty=0.1), 4),
+        (replace(PLAIN, frequency_penalty=0.1), 4),
+        (replace(PLAIN, min_tokens=1, logprobs=0), 4),
+    ],
+)
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_step_is_special_no_longer_than_something_is_asked_for(
+    sampling: SamplingParams, num_special: int, n: int
+) -> None:
+    """num_special: of four steps. What is preempted later and computed anew is not special again."""
+    answers = make_sequence("request", Mode.WHOLE, [7, 8, 9], n=n, sampling=sampling).answers
+    for answer in answers:
+        answer.block_ids = list(range(20))
+    chunks = [Chunk(answers[0], 3)]  # the prompt, for all answers
+    for num_written in range(4):
+        extras = build_batch(chunks, 4, UPLOAD, eos_token_ids=EOS, vocab_size=VOCAB_SIZE).extras
+        is_plain = num_written >= num_special
+        assert [chunk.sequence.is_plain for chunk in chunks] == [is_plain] * len(chunks)
+        assert (extras is NO_EXTRAS) == is_plain
+        for answer in answers:
+            answer.append(4, frozenset(EOS))
+            answer.siblings = []
+            answer.num_scored = 3
+            answer.num_computed = len(answer.token_ids) - 1
+        chunks = [Chunk(answer, 1) for answer in answers]
+    for answer in answers:
+        answer.num_computed = 0
+        assert answer.is_plain == (num_special < 4)
+    extras = build_batch(
+        [Chunk(a, 7) for a in answers], 4, UPLOAD, eos_token_ids=EOS, vocab_size=VOCAB_SIZE
+    ).extras
+    assert extras.prompts is None
+    assert (extras is NO_EXTRAS) == (num_special < 4)
 
 
 @pytest.mark.parametrize(("min_tokens", "reasons"), [(0, ["stop"]), (1, [None, "stop"]), (2, [None] * 2)])

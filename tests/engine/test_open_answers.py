@@ -134,6 +134,34 @@ def test_what_goes_wrong_is_told_with_its_reason(
     assert len(answers) == 0
 
 
+def test_a_newer_attempt_ends_the_older_one(answers: OpenAnswers, caplog: pytest.LogCaptureFixture) -> None:
+    answers.begin(record(Mode.WHOLE, 1), [0])
+    answers.note(StepTokens([token()]))
+    answers.begin(record(Mode.WHOLE, 3), [0])
+    assert len(answers) == 1
+    answers.note(StepTokens([token(0, "stop", attempt=3)]))
+    outcomes = [(line["attempt"], line["outcome"], line["output_tokens"]) for line in ended(caplog)]
+    assert outcomes == [(1, "dropped", 1), (3, "finished", 1)]
+    assert len(answers) == 0
+
+
+def test_an_attempt_that_is_begun_again_goes_on_with_its_answers(
+    answers: OpenAnswers, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Blocks are reserved for a request, and later it is decoded: one line, from the beginning on."""
+    reserved = record(Mode.DECODE)
+    reserved.began_at -= 1000
+    answers.begin(reserved, [0, 1, 2])
+    answers.note(PrefixHit("a", 1, 8))
+    answers.begin(record(Mode.DECODE), [2])
+    assert (len(answers), ended(caplog)) == (1, [])
+    answers.note(StepTokens([token(2, "length")]))
+    assert len(answers) == 0
+    [line] = ended(caplog)
+    assert (line["outcome"], line["cached_tokens"], line["output_tokens"]) == ("finished", 8, 1)
+    assert vars(caplog.records[0])["seconds"] >= 1000
+
+
 def test_what_belongs_to_an_older_attempt_changes_nothing(
     answers: OpenAnswers, caplog: pytest.LogCaptureFixture
 ) -> None:

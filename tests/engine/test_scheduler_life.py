@@ -233,6 +233,23 @@ class SchedulerLife(RuleBasedStateMachine):
             self.scheduler.remove(sequence)
         assert self.scheduler.find(request_id) == []
 
+    @precondition(lambda self: self.expected)
+    @rule(data=st.data())
+    def give_up(self, data: st.DataObject) -> None:
+        """One answer of a request; the others go on, and one of them may take its place."""
+        answer = data.draw(st.sampled_from(list(self.expected)))
+        request_id, choice = answer.request_id, answer.choice  # of its own: another may take its place
+        for sequence in self.scheduler.find(request_id):
+            answers = sequence.answers
+            if not sequence.give_up({choice}):
+                self.forget(sequence)
+                self.scheduler.remove(sequence)
+                continue
+            for gone in set(answers) - set(sequence.answers):
+                del self.expected[gone]
+        left = {other.choice for other in self.expected if other.request_id == request_id}
+        assert choice not in left
+
     @rule(family=st.integers(1, 2), length=st.integers(1, 20), salt=SALTS)
     def reserve(self, family: int, length: int, salt: str | None) -> None:
         prompt_ids = self.prompt(family, length, 0)

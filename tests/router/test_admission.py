@@ -73,9 +73,9 @@ def refusal(prompt: Prompt, tokenizer: Tokenizer = TOKENIZER) -> str:
         ("presence_penalty", -2.1, "at least -2 and at most 2"),
         ("presence_penalty", math.nan, "at least -2 and at most 2"),
         ("frequency_penalty", 2.1, "at least -2 and at most 2"),
-        ("repetition_penalty", 0.0, "a finite number above 0"),
-        ("repetition_penalty", math.inf, "a finite number above 0"),
-        ("repetition_penalty", math.nan, "a finite number above 0"),
+        ("repetition_penalty", 0.0, "at least 0.01 and at most 100"),
+        ("repetition_penalty", math.inf, "at least 0.01 and at most 100"),
+        ("repetition_penalty", math.nan, "at least 0.01 and at most 100"),
         ("logprobs", -1, "at least 0 and at most 20"),
         ("logprobs", 21, "at least 0 and at most 20"),
         ("prompt_logprobs", 21, "at least 0 and at most 20"),
@@ -142,7 +142,7 @@ def test_timeouts_that_are_none(timeout: float) -> None:
         min_tokens=st.integers(0, 1),
         presence_penalty=st.floats(-2, 2),
         frequency_penalty=st.floats(-2, 2),
-        repetition_penalty=st.floats(0, exclude_min=True, allow_infinity=False),
+        repetition_penalty=st.floats(0.01, 100),
         logit_bias=st.dictionaries(st.integers(0, VOCAB_SIZE - 1), st.floats(-100, 100), max_size=5),
         logprobs=st.none() | st.integers(0, 20),
         prompt_logprobs=st.none() | st.integers(0, 20),
@@ -327,9 +327,9 @@ def test_prompts_are_held_where_they_are_computed_and_answers_where_they_are_wri
 
 def test_the_log_probabilities_of_a_prompt_are_limited_together() -> None:
     limits = registry_of(("unified", 10**6, 10**6)).limits
-    check_fits(2**19, SamplingParams(prompt_logprobs=1), limits)
+    check_fits(2**17, SamplingParams(prompt_logprobs=1), limits)
     with pytest.raises(InvalidRequest, match="together 1572864 log probabilities") as caught:
-        check_fits(2**19, SamplingParams(prompt_logprobs=2), limits)
+        check_fits(2**17, SamplingParams(prompt_logprobs=2), limits)
     assert caught.value.field == "prompt_logprobs"
 
 

@@ -51,6 +51,9 @@ WRONG_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "a", "max_tokens": 10**6}, "max_tokens", "2048"),
     ({"prompt": "a", "max_tokens": "5"}, "max_tokens", "integer"),
     ({"prompt": "a", "n": 129}, "n", "128"),
+    ({"prompt": "a", "n": 128, "max_tokens": 2000, "logprobs": 20}, "logprobs", "the limit is 1048576"),
+    ({"prompt": "a", "repetition_penalty": 1e-30}, "repetition_penalty", "0.01"),
+    ({"prompt": "a", "echo": True, "max_tokens": 0, "min_tokens": 1}, "min_tokens", "max_tokens"),
     ({"prompt": "a", "temperature": -1}, "temperature", "greater than or equal to 0"),
     ({"prompt": "a", "temperature": float("nan")}, "temperature", "finite"),
     ({"prompt": "a", "top_p": 0}, "top_p", "greater than 0"),
@@ -376,6 +379,18 @@ def test_a_list_costs_the_errors_of_one_entry(body: type[Body], fields: dict[str
     with pytest.raises(ValidationError) as error:
         body.model_validate(fields)
     assert error.value.error_count() <= 3
+
+
+@on_event_loop
+async def test_a_prompt_of_millions_of_tokens_is_refused_and_ends_nobody_elses_request() -> None:
+    async with served() as service:
+        response, work = await service.open_stream(1, max_tokens=2)
+        error = await refusal(service, "/v1/completions", {"prompt": [0] * (2**22 + 1)})
+        assert error["param"] == "prompt"
+        assert "4194305 tokens" in error["message"]
+        service.worker.send_tokens(work, 2, skip=1, finish_reason="length")
+        content = await response.aread()
+        assert b"data: [DONE]" in content
 
 
 @on_event_loop

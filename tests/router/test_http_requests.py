@@ -295,8 +295,9 @@ async def test_a_client_that_does_not_read_is_disconnected() -> None:
 
 
 @on_event_loop
-async def test_a_cluster_that_is_not_there_is_unavailable() -> None:
+async def test_a_cluster_that_is_not_there_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     """No worker, and then no router; each says which, and that it may pass."""
+    monkeypatch.setattr("pdengine.client.connection.AVOID_SECONDS", 0.01)
     async with running_cluster() as cluster:
         server = HttpServer(http_config(cluster.router.client_address))
         server.start()

@@ -691,10 +691,11 @@ async def test_the_same_tag_of_two_clients_are_two_requests() -> None:
 
 
 @on_event_loop
-async def test_requests_without_workers_or_that_do_not_fit_are_rejected() -> None:
+async def test_requests_without_workers_fail_and_those_that_do_not_fit_are_rejected() -> None:
     async with running_cluster() as cluster:
-        with pytest.raises(Rejected, match="no worker has joined"):
+        with pytest.raises(Failed, match="no worker has joined") as failed:
             await cluster.client.generate("The")
+        assert failed.value.retry
         await cluster.worker("unified", max_context=10)
         with pytest.raises(Rejected, match="context is 10") as caught:
             await cluster.client.generate("The", max_tokens=9)

@@ -15,7 +15,14 @@ from pdengine.transport import bounded_log, sockets
 from pdengine.transport.doorkeeper import Doorkeeper
 from pdengine.transport.keys import KeyFile, PeerKeys, new_key_file, write_key_file
 from pdengine.transport.messages import Malformed, PeerReply, PeerRequest, ReleaseLeases
-from pdengine.transport.sockets import CURVE_BYTES, REFUSED, PeerSocket, ServerSocket, watch_handshakes
+from pdengine.transport.sockets import (
+    CURVE_BYTES,
+    IN_VAIN,
+    REFUSED,
+    PeerSocket,
+    ServerSocket,
+    watch_handshakes,
+)
 
 ROUTER = new_key_file("router")
 CLIENT, OPERATOR, WORKER, STRANGER = (
@@ -202,6 +209,24 @@ async def test_a_watched_peer_counts_handshakes_that_fail(tmp_path: Path) -> Non
 
 
 @on_event_loop
+async def test_a_watched_peer_forgets_failed_handshakes_once_it_gets_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later outage is not one of the keys."""
+    monkeypatch.setattr(sockets, "HANDSHAKE_MS", 200)
+    async with open_door(tmp_path) as door:
+        peer = door.knock("clients", STRANGER.to_connect())
+        watching = asyncio.create_task(peer.connection_change())
+        while not peer.num_failed_handshakes and not watching.done():
+            await asyncio.sleep(0.001)
+        admitting = ADMITTING.admitting("client", "late", STRANGER.public_key)
+        write_key_file(door.path, admitting, overwrite=True)
+        while not await watching:
+            watching = asyncio.create_task(peer.connection_change())
+        assert peer.num_failed_handshakes == 0
+
+
+@on_event_loop
 async def test_the_limit_is_of_the_message_not_of_what_encryption_adds(tmp_path: Path) -> None:
     async with open_door(tmp_path) as door:
         server, peer = door.servers["clients"], door.knock("clients", CLIENT.to_connect())
@@ -226,6 +251,29 @@ async def test_denials_are_logged_by_name_and_not_as_often_as_a_stranger_likes(
     [line] = [record.message for record in caplog.records if "denied" in record.message]
     assert "127.0.0.1 to the port for workers" in line
     assert f"{CLIENT.public_key} (client client)" in line
+
+
+@on_event_loop
+async def test_a_number_of_refusals_that_falls_is_not_told(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a connection comes up, or a peer of the same name comes anew."""
+    monkeypatch.setattr(sockets, "REPORT_SECONDS", 0.0)
+    looks = asyncio.Semaphore(0)
+    numbers = iter([3, 1, 2])
+
+    class Watched:
+        @property
+        def num_failed_handshakes(self) -> int:
+            looks.release()
+            return next(numbers, 2)
+
+    watching = asyncio.create_task(watch_handshakes(lambda: {"router": Watched()}, IN_VAIN))  # type: ignore[dict-item]
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        for _ in range(5):
+            await looks.acquire()
+    watching.cancel()
+    assert [record.args for record in caplog.records] == [(3, "router"), (1, "router")]
 
 
 @on_event_loop

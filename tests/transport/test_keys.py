@@ -41,6 +41,24 @@ def test_a_file_is_overwritten_only_where_that_is_wanted(tmp_path: Path) -> None
     assert read_key_file(path, ["client"]) == CLIENT
 
 
+def test_root_leaves_a_file_to_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[Path, int, int]] = []
+
+    def fchown(descriptor: int, user: int, group: int) -> None:
+        given.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")), user, group))
+
+    monkeypatch.setattr(os, "fchown", fchown)
+    path = tmp_path / "keys.toml"
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    write_key_file(path, ROUTER)
+    assert given == []
+    write_key_file(path, ROUTER, overwrite=True)
+    assert given == [(tmp_path / ".keys.toml.new", path.stat().st_uid, path.stat().st_gid)]
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    write_key_file(path, CLIENT, overwrite=True)
+    assert len(given) == 1
+
+
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o602, 0o677])
 def test_a_file_that_others_can_read_or_write_is_refused(mode: int, tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"

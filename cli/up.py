@@ -76,9 +76,10 @@ def up(
             client_address=client_address,
             config=ctx.params["config"],
             log_arguments=log_arguments,
+            # If there is no --http, the router looks into the environment and the file itself.
             router_arguments=[
                 *("--local-prefill-tokens", str(local_prefill_tokens)),
-                *_given(ctx, {"http": "http_address"}),  # else the router looks into the environment and the file
+                *_given(ctx, {"http": "http_address"}),
             ],
             worker_arguments=_planned_arguments(ctx, configs),
             metrics_addresses=metrics_addresses(configs),

@@ -164,8 +164,10 @@ class AsyncClient:
         return self._open_at(best)
 
     def send(self, message: ClientToRouter) -> None:
-        """To the router of the tag. Raises RouterUnavailable, Cancelled if the client is closed, or ValueError
-        for what cannot be encoded."""
+        """To the router of the tag.
+
+        Raises RouterUnavailable, Cancelled if the client is closed, or ValueError for what cannot be encoded.
+        """
         if self._closed:
             raise Cancelled("the client was closed")
         self._connection_of[message.tag].send(message)

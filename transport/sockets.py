@@ -311,8 +311,8 @@ class PeerSocket(Generic[Incoming]):
     def num_failed_handshakes(self) -> int:
         """Attempts to connect that ended in the handshake, most likely because the keys do not go together.
 
-        Look now and then: they are queued until then, or until somebody awaits `connection_change`; then those
-        before the last connection that came up do not count.
+        Look now and then: they are queued until then, or until somebody awaits `connection_change`; then
+        those before the last connection that came up do not count.
         """
         if self._failures is not None:
             return self._failures.count()

@@ -239,7 +239,7 @@ async def test_a_router_without_workers_leaves_its_requests_to_another() -> None
             tasks = [asyncio.create_task(client.generate("The", max_tokens=1)) for _ in range(4)]
             for _ in tasks:
                 work = (await worker.expect(PrefillAndDecode)).work
-                worker.send_tokens(work, [7], finish_reason="length")
+                worker.send_tokens(work, 7, finish_reason="length")
             for task in tasks:
                 assert (await soon(task)).token_ids == [7]
 

@@ -30,7 +30,8 @@ def test_workers_take_their_own_values_but_loopback_addresses(tmp_path: Path) ->
     path.write_text(CONFIG)
     environment = {**os.environ, "PDENGINE_BLOCK_SIZE": "32", "PDENGINE_CONFIG": str(path)}
     with log.open("w") as output:
-        process = subprocess.Popen([*COMMAND], stdout=output, stderr=output, env=environment)
+        command = [*COMMAND, "--http", "127.0.0.1:0"]
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     try:
         wait_for(lambda: re.search(r"^ready", log.read_text(), re.MULTILINE))
     finally:
@@ -38,6 +39,7 @@ def test_workers_take_their_own_values_but_loopback_addresses(tmp_path: Path) ->
         process.wait(DEADLINE_SECONDS)
     plans = re.findall(r"(\w+)\[\d+\]: weights \S+ MiB, KV cache (.*) =.*=", log.read_text())
     assert sorted(plans) == [("decode", "2.0 MiB"), ("prefill", "1.0 MiB"), ("unified", "1.0 MiB")]
+    assert re.search(r"serving \S+ over HTTP on http://127.0.0.1:\d+", log.read_text())
     assert len(re.findall(r"blocks of 128.0 KiB", log.read_text())) == 3
 
 

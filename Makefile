@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 UCX ?= cu12
-PACKAGES = cli router client engine models triton_kernels transport bench
+PACKAGES = cli router client engine models triton_kernels transport bench deploy
 BIN = $(VENV)/bin
 
 SYSTEM_UCX ?= /usr/lib/x86_64-linux-gnu/libucp.so.0

@@ -55,7 +55,8 @@ def of_outcome(error: GenerateError | InvalidRequest, prompt_field: str) -> ApiE
         case Rejected(field=None):  # no worker has room
             return unavailable(str(error))
         case Rejected(field=field) | InvalidRequest(field=field):
-            param = {"prompt": prompt_field, "prompt_logprobs": "logprobs"}.get(field, field)
+            params = {"prompt": prompt_field, "prompt_logprobs": "logprobs"}
+            param = field and params.get(field, field)
             return ApiError(HTTPStatus.BAD_REQUEST, str(error), param=param)
         case RouterUnavailable() | Failed():
             return unavailable(str(error))

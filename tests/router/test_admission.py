@@ -328,7 +328,7 @@ def test_prompts_are_held_where_they_are_computed_and_answers_where_they_are_wri
 def test_the_log_probabilities_of_a_prompt_are_limited_together() -> None:
     limits = registry_of(("unified", 10**6, 10**6)).limits
     check_fits(2**17, SamplingParams(prompt_logprobs=1), limits)
-    with pytest.raises(InvalidRequest, match="together 1572864 log probabilities") as caught:
+    with pytest.raises(InvalidRequest, match="together 393216 log probabilities") as caught:
         check_fits(2**17, SamplingParams(prompt_logprobs=2), limits)
     assert caught.value.field == "prompt_logprobs"
 

@@ -84,7 +84,6 @@ WRONG_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "a", "min_tokens": 17}, "min_tokens", "at most max_tokens, which is 16"),
     ({"prompt": "a", "presence_penalty": 2.5}, "presence_penalty", "less than or equal to 2"),
     ({"prompt": "a", "frequency_penalty": -2.5}, "frequency_penalty", "greater than or equal to -2"),
-    ({"prompt": "a", "repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
     ({"prompt": "a", "logit_bias": {"5": 101}}, "logit_bias", "less than or equal to 100"),
     ({"prompt": "a", "logit_bias": {"-5": 1}}, "logit_bias", "pattern"),
     ({"prompt": "a", "logit_bias": {"five": 1}}, "logit_bias", "pattern"),

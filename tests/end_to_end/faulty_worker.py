@@ -3,6 +3,7 @@
 hold-pulls: a pull waits before its first read, on the engine thread, for as long as the file is there.
 lose-releases: messages that give leases back are not sent.
 hang-steps: a step does not begin, for as long as the file is there.
+slow-steps: each step begins late, so that an answer takes long.
 """
 
 import os
@@ -19,6 +20,7 @@ from pdengine.transport.messages import Message, ReleaseLeases
 from pdengine.transport.transfer import Transfer
 
 POLL_SECONDS = 0.02
+SLOW_STEP_SECONDS = 0.005
 FAULTS = Path(os.environ["FAULTS"])
 
 make_pulls = Pulls.__init__
@@ -61,6 +63,8 @@ def run_step_unless_it_hangs(self: Runner, *arguments: Any) -> Any:
         print("a step hangs", flush=True)
         while is_on("hang-steps"):
             Event().wait(POLL_SECONDS)
+    if is_on("slow-steps"):
+        Event().wait(SLOW_STEP_SECONDS)
     return start_step(self, *arguments)
 
 

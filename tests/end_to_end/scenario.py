@@ -111,6 +111,9 @@ class FaultyWorker:
     def wait_hanging(self) -> None:
         self._deployment.wait_log(self.process, "^a step hangs$")
 
+    def slow_down(self) -> None:
+        (self._faults / "slow-steps").touch()
+
     def lose_releases(self) -> None:
         (self._faults / "lose-releases").touch()
 

@@ -98,6 +98,7 @@ def test_a_stopped_decode_worker_wakes_up_and_goes_on_with_requests_that_others_
 ) -> None:
     """No token is lost or comes twice, whether it was chosen greedily or sampled."""
     prompt, num_tokens = random_prompt(40, seed=2), 800
+    decoder.slow_down()
 
     def stream(client: Client, sampling: dict[str, Any]) -> Completion:
         with client.stream(prompt, max_tokens=num_tokens, **sampling) as deltas:

@@ -27,6 +27,7 @@ def lasting(
     prefill = ("--lease-seconds", str(LEASE_SECONDS), "--metrics-address", "127.0.0.1:0")
     with cluster(wandering_model, logs, router=router, prefill=prefill) as deployment:
         decoder = FaultyWorker(deployment, "decode", *FLOAT32, "--max-requests", "1")
+        decoder.slow_down()
         deployment.wait_workers("prefill", "decode")
         yield deployment, decoder
 

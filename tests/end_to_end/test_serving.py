@@ -180,7 +180,7 @@ def test_without_a_worker_that_can_go_on_the_request_fails_with_a_reason(model: 
 def test_cancelled_and_overdue_requests_free_their_blocks(shared_cluster: Deployment) -> None:
     with Client(shared_cluster.client_address) as client:
         with pytest.raises(TimedOut):
-            client.generate("the cat", max_tokens=1000, temperature=0, ignore_eos=True, timeout=0.2)
+            client.generate("the cat", max_tokens=1000, temperature=0, ignore_eos=True, timeout=0.02)
         for _ in range(20):
             with client.stream("the cat", max_tokens=1000, temperature=0, ignore_eos=True) as stream:
                 next(stream)

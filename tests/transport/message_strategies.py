@@ -39,6 +39,8 @@ def _strategy(info: inspect.Type) -> Strategy:
             return st.lists(_strategy(info.item_type), max_size=3)
         case inspect.VarTupleType():
             return st.lists(_strategy(info.item_type), max_size=3).map(tuple)
+        case inspect.TupleType():
+            return st.tuples(*map(_strategy, info.item_types))
         case inspect.DictType():
             return st.dictionaries(_strategy(info.key_type), _strategy(info.value_type), max_size=3)
         case inspect.UnionType():

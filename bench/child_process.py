@@ -6,6 +6,7 @@ import ctypes
 import os
 import selectors
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -107,6 +108,12 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         raise
     finally:
         process.stdout.close()
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listens on; for programs that cannot say which one they got."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
 
 
 def stop_with_parent() -> None:

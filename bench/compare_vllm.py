@@ -1,8 +1,8 @@
 """`python -m pdengine.bench.compare_vllm --peer-python PYTHON --model DIR`: pdengine beside vLLM on a CPU.
 
 Both serve the same checkpoint on the same cores, one at a time and in turn, and one light client asks both
-for the same: so many requests in flight, prompts of random tokens, a fixed number of tokens out. Each round
-has prompts of its own, so that no prefix cache helps.
+for the same over HTTP, as streams of `/v1/completions`: so many requests in flight, prompts of random tokens,
+a fixed number of tokens out. Each round has prompts of its own, so that no prefix cache helps.
 
 vLLM is not needed by anything else here and gets a virtual environment of its own:
 
@@ -28,8 +28,8 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -43,21 +43,14 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from pdengine.bench.child_process import free_port
 from pdengine.bench.cluster import up
 from pdengine.bench.cpu_ceilings import CpuCeilings, measure_cpu_ceilings, stolen_seconds
-from pdengine.bench.load import (
-    CompletionsTarget,
-    LoadFailed,
-    RouterTarget,
-    Target,
-    closed_loop,
-    random_requests,
-    spread,
-)
+from pdengine.bench.load import CompletionsTarget, LoadFailed, closed_loop, random_requests, spread
 from pdengine.bench.machine import write_result
 from pdengine.bench.vllm_server import MAX_MODEL_TOKENS, Peer, PeerUnavailable, find_peer, vllm_server
-from pdengine.client import AsyncClient, GenerateError
 from pdengine.engine.worker_config import WorkerConfig
+from pdengine.router.http.config import default_model_name
 
 System = Literal["vllm", "unified", "disaggregated"]
 KV_MEMORY = 2 * 2**30  # bytes; of each worker
@@ -174,7 +167,7 @@ def main(
                 for system in systems:
                     round_ = Round(system, model, round_seed, measure_cpu_ceilings())
                     _measure(round_, peer, load, rounds_file, console)
-    except (PeerUnavailable, LoadFailed, GenerateError) as error:
+    except (PeerUnavailable, LoadFailed) as error:
         raise click.ClickException(str(error)) from error
     if not rounds_file.exists():
         raise click.ClickException(f"{rounds_file} does not exist: there is nothing to report")
@@ -212,64 +205,56 @@ def _measure(round_: Round, peer: Peer | None, load: Load, file: Path, console: 
         )
 
     begin = monotonic()
-    with _server(round_, peer, file) as address:
+    with _server(round_, peer, file) as target:
         console.print(f"  ready after {monotonic() - begin:.0f} s", highlight=False)
-        asyncio.run(_load(round_, address, load, record))
+        asyncio.run(_load(round_, target, load, record))
 
 
 @contextmanager
-def _server(round_: Round, peer: Peer | None, file: Path) -> Iterator[str]:
-    """A server that is ready: its port, or the address of its router."""
+def _server(round_: Round, peer: Peer | None, file: Path) -> Iterator[CompletionsTarget]:
+    """A server that is ready."""
     if round_.system == "vllm":
         assert peer is not None
         log = file.with_name(f"vllm-{round_.model.name}.log")
         limits = {"kv_memory": KV_MEMORY, "max_batch_tokens": VLLM_BATCH_TOKENS}
         with vllm_server(peer, round_.model, **limits, log=log) as port:
-            yield str(port)
+            yield CompletionsTarget(port, str(round_.model))
     else:
-        memory = ("--kv-memory", f"{KV_MEMORY}B")
-        options = ("--model", str(round_.model), *memory, *WORKERS[round_.system])
-        with up(*options) as (_, _, address):
-            yield address
+        port = free_port()
+        memory = ("--kv-memory", f"{KV_MEMORY}B", "--http", f"127.0.0.1:{port}")
+        with up("--model", str(round_.model), *memory, *WORKERS[round_.system]):
+            yield CompletionsTarget(port, default_model_name(round_.model))
 
 
-@asynccontextmanager
-async def _target(round_: Round, address: str) -> AsyncIterator[Target]:
-    if round_.system == "vllm":
-        yield CompletionsTarget(int(address), str(round_.model))
-    else:
-        async with AsyncClient(address) as client:
-            yield RouterTarget(client)
-
-
-async def _load(round_: Round, address: str, load: Load, record: Callable[[Level], None]) -> None:
+async def _load(
+    round_: Round, target: CompletionsTarget, load: Load, record: Callable[[Level], None]
+) -> None:
     vocab_size = json.loads((round_.model / "config.json").read_text())["vocab_size"]
     shape = {"vocab_size": vocab_size, "prompt_tokens": load.prompt_tokens}
-    async with _target(round_, address) as target:
-        warm_up = random_requests(f"{round_.seed} warm-up", **shape, output_tokens=8)
-        await closed_loop(target, list(islice(warm_up, 4)), concurrency=4)
-        for concurrency in load.concurrency:
-            seed = f"{round_.seed} {concurrency}"
-            endless = random_requests(seed, **shape, output_tokens=load.output_tokens)
-            requests = list(islice(endless, load.num_requests(concurrency)))
-            begin, cpu_begin, stolen_begin = monotonic(), process_time(), stolen_seconds()
-            timings = await closed_loop(target, requests, concurrency)
-            wall_seconds = monotonic() - begin
-            level = Level(
-                round_.model.name,
-                round_.system,
-                round_.seed,
-                concurrency,
-                load.prompt_tokens,
-                load.output_tokens,
-                wall_seconds,
-                (process_time() - cpu_begin) / wall_seconds,
-                (stolen_seconds() - stolen_begin) / wall_seconds,
-                round_.ceilings,
-                [round(timing.ttft * 1e3, 3) for timing in timings],
-                [round(timing.tpot * 1e3, 4) for timing in timings],
-            )
-            record(level)
+    warm_up = random_requests(f"{round_.seed} warm-up", **shape, output_tokens=8)
+    await closed_loop(target, list(islice(warm_up, 4)), concurrency=4)
+    for concurrency in load.concurrency:
+        seed = f"{round_.seed} {concurrency}"
+        endless = random_requests(seed, **shape, output_tokens=load.output_tokens)
+        requests = list(islice(endless, load.num_requests(concurrency)))
+        begin, cpu_begin, stolen_begin = monotonic(), process_time(), stolen_seconds()
+        timings = await closed_loop(target, requests, concurrency)
+        wall_seconds = monotonic() - begin
+        level = Level(
+            round_.model.name,
+            round_.system,
+            round_.seed,
+            concurrency,
+            load.prompt_tokens,
+            load.output_tokens,
+            wall_seconds,
+            (process_time() - cpu_begin) / wall_seconds,
+            (stolen_seconds() - stolen_begin) / wall_seconds,
+            round_.ceilings,
+            [round(timing.ttft * 1e3, 3) for timing in timings],
+            [round(timing.tpot * 1e3, 4) for timing in timings],
+        )
+        record(level)
 
 
 def read_levels(path: Path) -> list[Level]:

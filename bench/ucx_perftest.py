@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
+
+from pdengine.bench.child_process import free_port
 
 MESSAGE_BYTES = 4 * 1024 * 1024
 WARM_UPS = 20
@@ -49,7 +50,7 @@ def get_bandwidth(
     environ = {**os.environ, **settings, "LD_LIBRARY_PATH": str(libucp.parent)}
     test = ["-t", "ucp_get", "-e", "-f", "-v", "-s", str(MESSAGE_BYTES), "-O", str(outstanding)]
     test += ["-n", str(num_gets), "-w", str(WARM_UPS)]
-    port = str(_free_port())
+    port = str(free_port())
     with _server([*server_prefix, str(perftest), "-p", port], environ) as server:
         deadline = monotonic() + START_SECONDS
         while True:
@@ -84,9 +85,3 @@ def _server(command: Sequence[str], environ: Mapping[str, str]) -> Iterator[subp
     finally:
         process.kill()
         process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

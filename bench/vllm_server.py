@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from urllib.request import urlopen
 
 import msgspec
 
-from pdengine.bench.child_process import stop_with_parent
+from pdengine.bench.child_process import free_port, stop_with_parent
 
 START_SECONDS = 600.0  # the first start with a model compiles it
 STOP_SECONDS = 20.0
@@ -79,8 +78,7 @@ def vllm_server(
 
     Raises PeerUnavailable if it does not start; what it has to say goes to `log`.
     """
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     arguments = ["serve", str(model), "--host", "127.0.0.1", "--port", str(port)]
     arguments += ["--gpu-memory-utilization", "0.5", "--max-model-len", str(MAX_MODEL_TOKENS)]
     arguments += ["--max-num-batched-tokens", str(max_batch_tokens)]

@@ -9,8 +9,8 @@ import numpy.typing as npt
 from torch import Tensor
 
 from pdengine.engine.sampler import sampling_arrays
-from pdengine.engine.scheduler import Chunk
 from pdengine.engine.sequence import Sequence, blocks_for
+from pdengine.engine.step import Chunk
 from pdengine.engine.step_extras import NO_EXTRAS, ExtrasPlan, StepExtras
 from pdengine.engine.step_upload import Array, Upload
 from pdengine.triton_kernels.attention import AttentionBatch

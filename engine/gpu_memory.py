@@ -11,8 +11,8 @@ import torch
 from msgspec.structs import replace
 
 from pdengine.engine.memory import MemoryPlan, format_bytes, kv_block_bytes
-from pdengine.engine.scheduler import Chunk
 from pdengine.engine.sequence import Mode, Sequence, blocks_for
+from pdengine.engine.step import Chunk
 from pdengine.engine.worker_config import ITEM_BYTES, StartupError, WorkerConfig
 from pdengine.models.config import ModelConfig
 from pdengine.transport.messages import SamplingParams

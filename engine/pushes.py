@@ -15,8 +15,9 @@ from typing import Literal
 import msgspec
 
 from pdengine.engine.metrics import WorkerMetrics
-from pdengine.engine.scheduler import Chunk, Scheduler
+from pdengine.engine.scheduler import Scheduler
 from pdengine.engine.sequence import Mode, Push, Sequence, blocks_for, sequences_of
+from pdengine.engine.step import Chunk
 from pdengine.transport.messages import (
     EndPush,
     Prefilled,

@@ -10,7 +10,7 @@ from torch import Tensor
 from pdengine.engine.batch import Batch, build_batch
 from pdengine.engine.kv_cache import KVCache
 from pdengine.engine.sampler import sampling_arrays
-from pdengine.engine.scheduler import BlockCopy, Chunk
+from pdengine.engine.step import BlockCopy, Chunk
 from pdengine.engine.step_extras import ScoredPrompts, StepResult
 from pdengine.engine.step_upload import upload_for
 from pdengine.models.decoder import Decoder

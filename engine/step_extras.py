@@ -8,8 +8,8 @@ import numpy.typing as npt
 from torch import Tensor
 
 from pdengine.engine.logit_table import LogitChanges, LogitTable
-from pdengine.engine.scheduler import Chunk
 from pdengine.engine.sequence import Sequence
+from pdengine.engine.step import Chunk
 from pdengine.engine.step_upload import Array
 from pdengine.transport.messages import TokenLogprobs
 from pdengine.triton_kernels.logits import LogitAdjustment, Scores

@@ -5,8 +5,9 @@ from itertools import islice
 from pdengine.engine.commands import Event
 from pdengine.engine.metrics import WorkerMetrics
 from pdengine.engine.pushes import Pushes
-from pdengine.engine.scheduler import Chunk, Scheduler, Step
+from pdengine.engine.scheduler import Scheduler
 from pdengine.engine.sequence import Mode, Sequence
+from pdengine.engine.step import Chunk, Step
 from pdengine.engine.step_extras import StepResult
 from pdengine.transport.messages import (
     KVLease,

@@ -23,6 +23,7 @@ NO_TORCH = [
     "engine/pinned_blocks.py",
     "engine/step_limit.py",
     "engine/sequence.py",
+    "engine/step.py",
     "engine/leases.py",
     "engine/logit_table.py",
     "models/prefix_hashes.py",

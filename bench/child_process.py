@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import selectors
-import signal
 import socket
 import subprocess
 import sys
@@ -16,9 +14,10 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from pdengine.cli.parent_death import die_with_parent
+
 START_SECONDS = 150.0  # the first start on a machine compiles the native loops
 STOP_SECONDS = 10.0
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 Answer = TypeVar("Answer")
 
@@ -76,15 +75,15 @@ def child_process(
     prefix: Sequence[str] = (),
     environ: Mapping[str, str] | None = None,
 ) -> Iterator[ChildProcess]:
-    """Run `python -m ARGUMENTS`, in a network namespace for example if `prefix` enters one, until the end of
-    the block. `environ` is added to the environment."""
+    """Run `python -P -m ARGUMENTS`, in a network namespace for example if `prefix` enters one, until the end
+    of the block. `environ` is added to the environment."""
     process = subprocess.Popen(
-        [*prefix, sys.executable, "-m", *arguments],
+        [*prefix, sys.executable, "-P", "-m", *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, **(environ or {})},
         start_new_session=True,  # the terminal's Ctrl-C is for the parent, which stops its children in order
-        preexec_fn=_die_with_parent,
+        preexec_fn=die_with_parent,
     )
     try:
         yield ChildProcess(name, process)
@@ -114,15 +113,3 @@ def free_port() -> int:
     """A TCP port of 127.0.0.1 that nobody listens on; for programs that cannot say which one they got."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         return int(free.getsockname()[1])
-
-
-def stop_with_parent() -> None:
-    """In a child before it is executed: have it stopped when this process ends, however that happens.
-
-    Not by SIGKILL, because it has children of its own to end.
-    """
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

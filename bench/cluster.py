@@ -21,8 +21,8 @@ from uuid import uuid4
 from rich.console import Console
 from rich.table import Table
 
-from pdengine.bench.child_process import stop_with_parent
 from pdengine.bench.machine import write_result
+from pdengine.cli.parent_death import stop_with_parent
 from pdengine.client import Client
 from pdengine.models.demo.facts import checkpoint_directory, demo_questions
 
@@ -117,9 +117,13 @@ def _ask(client: Client, count: int) -> dict[str, Any]:
     for question in demo_questions(seed=1, num_facts=count):
         sent_at = monotonic()
         salt = uuid4().hex
-        with client.stream(question.prompt, max_tokens=8, temperature=0, cache_salt=salt) as stream:
+        # Not to the model's own end: an answer that ends with its first token is not pulled.
+        with client.stream(
+            question.prompt, max_tokens=8, temperature=0, ignore_eos=True, cache_salt=salt
+        ) as stream:
             arrivals = [monotonic() - sent_at for _ in stream]
-        assert stream.completion.transfer is not None
+        if stream.completion.transfer is None:
+            raise SystemExit("a prompt was not pulled: the prefill worker has answered alone")
         ttft.append(arrivals[0])
         tpot.append((arrivals[-1] - arrivals[0]) / (len(arrivals) - 1))
         pull.append(stream.completion.transfer.seconds)

@@ -23,9 +23,9 @@ from pdengine.engine.devices import open_device
 from pdengine.engine.kv_cache import KVCache, dtype_name
 from pdengine.engine.memory import kv_block_bytes
 from pdengine.engine.runner import Runner
-from pdengine.engine.scheduler import Chunk
 from pdengine.engine.sequence import Mode, Sequence, blocks_for
 from pdengine.engine.start_worker import DTYPES, check_room, load_model, scheduler_config
+from pdengine.engine.step import Chunk
 from pdengine.engine.worker_config import ITEM_BYTES, StartupError, WorkerConfig
 from pdengine.models.config import ModelConfig, load_config
 from pdengine.transport.messages import SamplingParams

@@ -4,14 +4,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from pdengine.bench.engine import DecodeFigure, EngineResult, PrefillFigure
 from pdengine.bench.engine_requests import RequestsFigure
 from pdengine.bench.machine import describe_gpu
-from pdengine.bench.transfer_report import PlotUnavailable
+from pdengine.bench.transfer_report import PlotUnavailable, narrow_table
 
 GIGA = 1e9
 
@@ -60,8 +59,8 @@ def _decode_json(figure: DecodeFigure) -> dict[str, Any]:
 
 
 def _prefill_table(figure: PrefillFigure) -> Table:
-    table = _table(
-        "Prefill of one prompt", ["tokens", "ms\np50", "\np99", "tokens/s", "GFlop/s", "of\nmatmul"]
+    table = narrow_table(
+        "Prefill of one prompt", [], ["tokens", "ms\np50", "\np99", "tokens/s", "GFlop/s", "of\nmatmul"]
     )
     table.caption = f"A matmul of the same shapes: {figure.matmul_rate / GIGA:,.0f} GFlop/s."
     table.add_row(
@@ -86,7 +85,7 @@ def _decode_table(result: EngineResult) -> Table:
         "of\nreading",
         "of\nfloor",
     ]
-    table = _table(f"Decode, {result.steps} steps each", headings)
+    table = narrow_table(f"Decode, {result.steps} steps each", [], headings)
     rates = [figure.read_rate / GIGA for figure in result.decode]
     table.caption = (
         f"Reading memory: {min(rates):,.0f} to {max(rates):,.0f} GB/s. The floor of a step is the time to "
@@ -111,8 +110,9 @@ def _decode_table(result: EngineResult) -> Table:
 
 
 def _requests_table(figures: list[RequestsFigure]) -> Table:
-    table = _table(
+    table = narrow_table(
         f"Requests: {figures[0].prompt_tokens} tokens in, {figures[0].output_tokens} out, without sockets",
+        [],
         ["at a\ntime", "requests", "TTFT\nms p50", "\np99", "TPOT\nms p50", "\np99", "output\ntokens/s"],
     )
     for figure in figures:
@@ -128,14 +128,6 @@ def _requests_table(figures: list[RequestsFigure]) -> Table:
 
 def _milliseconds(figure: DecodeFigure | PrefillFigure) -> tuple[str, str]:
     return f"{figure.seconds.p50 * 1e3:,.2f}", f"{figure.seconds.p99 * 1e3:,.2f}"
-
-
-def _table(title: str, headings: list[str]) -> Table:
-    """Narrow enough for 80 columns."""
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
 
 
 def plot(result: EngineResult, path: Path) -> None:

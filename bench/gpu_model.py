@@ -14,8 +14,8 @@ from pdengine.bench.gpu_measure import Row, Setup, bench_command, report
 from pdengine.engine.kv_cache import KVCache
 from pdengine.engine.memory import kv_block_bytes
 from pdengine.engine.runner import Runner
-from pdengine.engine.scheduler import Chunk
 from pdengine.engine.sequence import Mode, Sequence
+from pdengine.engine.step import Chunk
 from pdengine.models.config import ModelConfig, RopeConfig
 from pdengine.models.decoder import Decoder
 from pdengine.transport.messages import SamplingParams

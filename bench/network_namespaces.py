@@ -3,18 +3,17 @@
 Each has a /sys of its own that lists its own interfaces, from which UCX learns them.
 """
 
-import ctypes
 import os
-import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+from pdengine.cli.parent_death import die_with_parent
+
 INTERFACE = "eth0"
 ADDRESSES = ("192.0.2.1", "192.0.2.2")  # reserved for documentation (RFC 5737): never a real host's
 COMMAND_SECONDS = 10.0
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 # Prints a line once the namespaces are there, then keeps them until it is killed.
 KEEP_NAMESPACES = "mount -t sysfs sysfs /sys && echo ready && exec sleep infinity"
 # The kernel announces a new link up to a second late, and UCX takes no interface that is not running.
@@ -82,7 +81,7 @@ def _keeper() -> Iterator[int]:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,  # the terminal's Ctrl-C must not end it before its users
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
     except FileNotFoundError:
         raise NamespacesUnavailable("network namespaces need the program unshare (util-linux)") from None
@@ -105,7 +104,3 @@ def _run(command: Sequence[str]) -> None:
         raise NamespacesUnavailable(f"network namespaces need the program {error.filename}") from None
     except subprocess.CalledProcessError as error:
         raise NamespacesUnavailable(f"network namespaces cannot be set up: {error.stderr.strip()}") from None
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

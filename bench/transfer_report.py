@@ -88,7 +88,7 @@ def _is_plotted(figure: Figure) -> bool:
 def _pulls(result: TransferResult) -> Table:
     about = dict.fromkeys(result.versions.values())
     lanes = [f"{path} is {lanes}" for path, lanes in result.lanes.items() if path != lanes]
-    table = _table(
+    table = narrow_table(
         "Pulls of KV blocks between two processes",
         ["path"],
         ["block", "blocks", "in runs\nof", "GETs", "post\nms", "pull\nms", "GB/s", "of\nceiling"],
@@ -118,7 +118,7 @@ def _pulls(result: TransferResult) -> Table:
 
 def _layouts(result: TransferResult) -> Table:
     """Our layout against one region per layer and K/V, pull by pull."""
-    table = _table(
+    table = narrow_table(
         "A contiguous block against one region per layer for K and for V",
         ["path"],
         ["block", "blocks", "in runs\nof", "GETs", "GETs,\nlayers", "GB/s", "GB/s,\nlayers", "factor"],
@@ -140,7 +140,7 @@ def _layouts(result: TransferResult) -> Table:
 
 
 def _busy(result: TransferResult) -> Table:
-    table = _table(
+    table = narrow_table(
         f"{BUSY_BYTES // 2**20} MiB in {BUSY_GETS} GETs from a target whose main thread works",
         ["path", "target"],
         ["median\nms", "worst\nms", "times\nidle", "p99 gap\nms"],
@@ -159,8 +159,8 @@ def _busy(result: TransferResult) -> Table:
     return table
 
 
-def _table(title: str, texts: list[str], numbers: list[str]) -> Table:
-    """Narrow enough for 80 columns."""
+def narrow_table(title: str, texts: list[str], numbers: list[str]) -> Table:
+    """Narrow enough for 80 columns. texts, numbers: headings of the columns on the left and on the right."""
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in texts:
         table.add_column(heading, no_wrap=True)

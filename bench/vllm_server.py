@@ -15,7 +15,8 @@ from urllib.request import urlopen
 
 import msgspec
 
-from pdengine.bench.child_process import free_port, stop_with_parent
+from pdengine.bench.child_process import free_port
+from pdengine.cli.parent_death import stop_with_parent
 
 START_SECONDS = 600.0  # the first start with a model compiles it
 STOP_SECONDS = 20.0

@@ -1,6 +1,5 @@
 """A router and its workers as child processes of this one."""
 
-import ctypes
 import os
 import re
 import signal
@@ -8,18 +7,19 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Event
 from time import monotonic
 from types import TracebackType
 
+from pdengine.cli.parent_death import die_with_parent
 from pdengine.client import Client
 from pdengine.engine.cpu_threads import usable_cores
 from pdengine.engine.worker_config import StartupError
 from pdengine.transport.keys import KeysError
 from pdengine.transport.messages import Role, Status
 
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 LOOPBACK = "tcp://127.0.0.1:0"  # any free port
 READY_SECONDS = 600.0
 POLL_SECONDS = 0.1
@@ -100,6 +100,8 @@ class Cluster:
         self.stop()
 
     def _start(self) -> None:
+        if find_spec("torch") is None:  # said once, not by each worker
+            raise ModuleNotFoundError("No module named 'torch'", name="torch")
         addresses = ["--client-address", self._client_address, "--worker-address", LOOPBACK]
         router = self._spawn("router", ["router", *self._arguments, *addresses, *self._router_arguments])
         assert router.process.stdout is not None
@@ -172,15 +174,16 @@ class Cluster:
         return [child for child in self._children if child.process.poll() is not None]
 
     def _spawn(self, name: str, arguments: list[str]) -> Child:
+        # -P: no code of the working directory, which may have a folder called pdengine.
         # In a session of their own the children do not see the terminal's Ctrl-C: they are stopped in order.
         process = subprocess.Popen(
-            [sys.executable, "-m", "pdengine.cli", *arguments],
+            [sys.executable, "-P", "-m", "pdengine.cli", *arguments],
             stdout=subprocess.PIPE if name == "router" else None,
             stdin=subprocess.DEVNULL,
             env=self._environment(),
             text=True,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
         child = Child(name, arguments, process, monotonic())
         self._children.append(child)
@@ -201,7 +204,3 @@ class Cluster:
         except subprocess.TimeoutExpired:
             child.process.kill()
             child.process.wait()
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

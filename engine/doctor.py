@@ -300,7 +300,7 @@ def check_numba_cache() -> Iterator[Finding]:
 
 def _try_transfer(advertise_host: str) -> TransferReport:
     """Run `transfer_check` in a process of its own."""
-    command = [sys.executable, "-m", "pdengine.engine.transfer_check", advertise_host]
+    command = [sys.executable, "-P", "-m", "pdengine.engine.transfer_check", advertise_host]
     try:
         trial = subprocess.run(command, capture_output=True, text=True, timeout=TRIAL_SECONDS, check=False)
     except subprocess.TimeoutExpired:

@@ -27,11 +27,13 @@ from pdengine.engine.commands import (
 )
 from pdengine.engine.leases import BorrowedLease
 from pdengine.engine.metrics import PullFailure, WorkerMetrics
+from pdengine.engine.pool_pages import PoolPages
 from pdengine.engine.pulls import Pull, Pulls
 from pdengine.engine.pushes import LoseWriter, Pushes, StartPushed
 from pdengine.engine.runner import Runner
-from pdengine.engine.scheduler import Scheduler, Step
+from pdengine.engine.scheduler import Scheduler
 from pdengine.engine.sequence import Mode, Sequence
+from pdengine.engine.step import Step
 from pdengine.engine.step_extras import StepResult
 from pdengine.engine.step_limit import StepLimit
 from pdengine.engine.step_reports import StepReports
@@ -87,6 +89,7 @@ class Engine:
         metrics: WorkerMetrics,
         emit: Callable[[list[Event]], None],
         step_limit: StepLimit | None = None,
+        pages: PoolPages | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
@@ -96,6 +99,7 @@ class Engine:
         self._metrics = metrics
         self._emit = emit
         self._step_limit = step_limit
+        self._pages = pages
         self._reports = StepReports(
             engine_id=engine_id,
             scheduler=scheduler,
@@ -136,9 +140,10 @@ class Engine:
         commands: list[Command] = []
         try:
             if wait:
+                self._is_asleep = True
+                self._populate_pages()
                 deadline = self._pulls.next_deadline()
                 timeout = None if deadline is None else max(0.0, deadline - monotonic())
-                self._is_asleep = True
                 commands.append(self._inbox.get(timeout=timeout))
             while True:
                 commands.append(self._inbox.get_nowait())
@@ -147,6 +152,12 @@ class Engine:
         finally:
             self._turned_at = monotonic()
             self._is_asleep = False
+
+    def _populate_pages(self) -> None:
+        """While there is nothing else to do."""
+        if self._pages is not None:
+            while self._inbox.empty() and self._pages.populate_ahead():
+                pass
 
     def _step(self) -> bool:
         """Admit, run and report; whether there is more to do at once."""
@@ -178,6 +189,8 @@ class Engine:
         if not self._runner.is_asynchronous:
             self._tell()  # what is known already does not wait for the step
         started_at = monotonic()
+        if self._pages is not None:
+            self._pages.use(step.chunks)
         read_step = self._runner.start(step.chunks, self._pushes.write_after_layer(step.chunks), step.copies)
         if self._runner.is_asynchronous:
             self._tell()  # the step does not wait for that either

@@ -4,22 +4,22 @@ The engine thread and the control thread report what happened. What is a state r
 leases, the gaps of the UCX thread) is read when Prometheus asks. docs/metrics.md describes all metrics.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import isinf
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from pdengine.transport.messages import Load, TransferStats
+from pdengine.transport.refusal_metrics import RefusalCollector
+from pdengine.transport.sockets import ServerSocket
 
 PullFailure = Literal["transfer", "timeout", "lease_lost"]
 RequestOutcome = Literal["prefilled", "stop", "length", "aborted", "failed", "refused"]
 ProgressGaps = Sequence[tuple[float, int]]
 """(upper bound in seconds, gaps up to it and above the bound before) in order; the last bound is infinite."""
-
-TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
 
 DECADES = [(10**exponent, 2.5 * 10**exponent, 5 * 10**exponent) for exponent in range(-4, 1)]
 SECONDS_BUCKETS = (*(bound for decade in DECADES for bound in decade), 10, 30)  # from 100 us
@@ -167,6 +167,10 @@ class WorkerMetrics:
         self._registry.register(_LoadCollector(load, num_leases))
         self._why_not_ready = why_not_ready
 
+    def watch_sockets(self, sockets: Mapping[str, ServerSocket[Any]]) -> None:
+        """Export what these refuse, by the names of their ports. Call this once."""
+        self._registry.register(RefusalCollector(lambda: sockets))
+
     def watch_progress_gaps(self, progress_gaps: Callable[[], ProgressGaps]) -> None:
         """Export the histogram that `progress_gaps` returns at each scrape. Call this once."""
         self._registry.register(_GapsCollector(progress_gaps))
@@ -176,7 +180,7 @@ class WorkerMetrics:
         return self._why_not_ready()
 
     def exposition(self) -> bytes:
-        """All metrics, in TEXT_FORMAT."""
+        """All metrics, in Prometheus' text format."""
         return generate_latest(_WithoutCreationTimes(self._registry))
 
     def _counter(self, name: str, documentation: str, *labels: str) -> Counter:

@@ -37,7 +37,7 @@ from pdengine.engine.memory import (
     plan_memory,
 )
 from pdengine.engine.metrics import WorkerMetrics
-from pdengine.engine.metrics_server import MetricsServer
+from pdengine.engine.pool_pages import PoolPages
 from pdengine.engine.pulls import Pulls
 from pdengine.engine.pushes import Pushes
 from pdengine.engine.runner import Runner
@@ -50,9 +50,11 @@ from pdengine.models.config import ModelConfig, load_config
 from pdengine.models.decoder import Decoder
 from pdengine.models.fingerprint import model_fingerprint, weights_fingerprint
 from pdengine.models.weights import load_decoder
+from pdengine.transport.addresses import check_address, check_exposure, split_tcp_address
 from pdengine.transport.messages import PROTOCOL_VERSION, Compatibility, PeerDescriptor, PeerRequest
+from pdengine.transport.metrics_server import MetricsServer
 from pdengine.transport.service_manager import ServiceManager, serving
-from pdengine.transport.sockets import ServerSocket, check_address, check_exposure, split_tcp_address
+from pdengine.transport.sockets import ServerSocket
 from pdengine.transport.transfer import TransferEvent
 from pdengine.transport.two_path_transfer import TwoPathTransfer
 from pdengine.transport.ucx_loop import WARM_UP_BYTES
@@ -83,8 +85,9 @@ def run_worker(
     check_address(config.router_address)
     for option, address in (("--bind", config.bind_address), ("--advertise", config.advertise_address)):
         if address is not None:
+            host, _ = split_tcp_address(address)
             has_keys = config.keys is not None
-            check_exposure(option, address, has_keys=has_keys, insecure=config.insecure)
+            check_exposure(f"{option} {address}", host, has_keys=has_keys, insecure=config.insecure)
     model_config = load_config(config.model_directory)
     dtype = DTYPES[config.dtype or model_config.dtype]
     device = open_device(config.device)
@@ -95,6 +98,25 @@ def run_worker(
     if config.metrics_address is not None:
         logger.info("metrics on %s/metrics", MetricsServer(config.metrics_address, metrics).url)
     context = zmq.asyncio.Context()
+    try:
+        _run(config, context, model_config, device, dtype, metrics, progress, service or ServiceManager())
+    except BaseException:
+        context.destroy(linger=0)  # open sockets would keep whoever collects it waiting
+        raise
+    context.destroy()
+
+
+def _run(
+    config: WorkerConfig,
+    context: zmq.asyncio.Context,
+    model_config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    metrics: WorkerMetrics,
+    progress: Callable[[int, int], None] | None,
+    service: ServiceManager,
+) -> None:
+    """Bind, load, register and serve."""
     keys = WorkerKeys(context, config.keys) if config.keys is not None else None
     peer_server = ServerSocket[PeerRequest](
         context,
@@ -153,6 +175,7 @@ def run_worker(
         metrics=metrics,
         emit=lambda events: worker.on_events(events),
         step_limit=_step_limit(config),
+        pages=_pages(kv_cache),
     )
     worker = Worker(
         WorkerParts(
@@ -173,8 +196,7 @@ def run_worker(
             keys=keys,
         )
     )
-    asyncio.run(_serve(worker, engine, service or ServiceManager()))
-    context.destroy()
+    asyncio.run(_serve(worker, engine, service))
 
 
 def _prepare_cpu(config: WorkerConfig, dtype: torch.dtype) -> None:
@@ -234,6 +256,18 @@ def _plan(config: WorkerConfig, model: Decoder, dtype: torch.dtype, device: torc
     plan = plan_gpu_memory(config, model.config, use)
     logger.info("%s", describe_gpu_use(plan, use))
     return plan
+
+
+def _pages(kv_cache: KVCache) -> PoolPages | None:
+    if kv_cache.memory is None:
+        return None
+    region = kv_cache.describe()
+    return PoolPages(
+        region.base_address,
+        num_blocks=region.num_blocks,
+        block_bytes=region.block_bytes,
+        block_size=kv_cache.block_size,
+    )
 
 
 def _cuda_pool(device: torch.device) -> CudaPool | None:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+from pdengine.transport.addresses import split_host_port
 from pdengine.transport.messages import Role
-from pdengine.transport.sockets import AddressError, split_tcp_address
 from pdengine.transport.transfer import SameHost
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of the dtypes that a worker computes in
@@ -88,20 +88,4 @@ class WorkerConfig:
             choices = ", ".join(get_args(SameHost))
             raise StartupError(f"same host {self.same_host!r} is not one of: {choices}")
         if self.metrics_address is not None:
-            split_metrics_address(self.metrics_address)
-
-
-def split_metrics_address(address: str) -> tuple[str, int]:
-    """`HOST:PORT`, or `PORT` on loopback -> (HOST, PORT). Port 0 is any free one. Raises AddressError."""
-    host, separator, port = address.rpartition(":")
-    try:
-        host, number = split_tcp_address(f"tcp://{host if separator else '127.0.0.1'}:{port}")
-    except AddressError as error:
-        reason = "must be HOST:PORT or PORT, and the port a number from 0 to 65535"
-        raise AddressError(f"metrics address {address!r} {reason}") from error
-    return host.removeprefix("[").removesuffix("]"), number
-
-
-def join_host_port(host: str, port: int) -> str:
-    """HOST:PORT, as `split_metrics_address` takes it and as it stands in a URL."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            split_host_port("metrics address", self.metrics_address)

@@ -1,5 +1,6 @@
 """A worker's keys: it proves itself with them to the router and to other workers, and lets these in."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import zmq.asyncio
@@ -37,9 +38,9 @@ class WorkerKeys:
             )
         return self._keys.to_connect(peer.public_key)
 
-    async def run(self) -> None:
-        """Let other workers in until cancelled."""
-        await self._doorkeeper.run()
+    async def run(self, on_change: Callable[[], None]) -> None:
+        """Let other workers in until cancelled. on_change: other keys are admitted than before."""
+        await self._doorkeeper.run(on_change)
 
     def close(self) -> None:
         self._doorkeeper.close()

@@ -31,7 +31,8 @@ from pdengine.cli.main import main
 from pdengine.engine.kv_cache import KVCache
 from pdengine.engine.memory import weight_bytes
 from pdengine.engine.runner import ReadStep, Runner
-from pdengine.engine.scheduler import BlockCopy, Chunk, SchedulerConfig
+from pdengine.engine.scheduler import SchedulerConfig
+from pdengine.engine.step import BlockCopy, Chunk
 from pdengine.engine.step_extras import StepResult
 from pdengine.models.config import ModelConfig, RopeConfig, load_config
 from pdengine.models.demo.facts import checkpoint_directory

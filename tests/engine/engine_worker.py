@@ -18,11 +18,13 @@ from pdengine.engine.commands import AbortAll, AbortRequest, AddRequest, Event, 
 from pdengine.engine.engine import Engine
 from pdengine.engine.leases import BorrowedLease
 from pdengine.engine.metrics import WorkerMetrics
+from pdengine.engine.pool_pages import PoolPages
 from pdengine.engine.pulls import Pulls
 from pdengine.engine.pushes import Pushes
 from pdengine.engine.runner import ReadStep, Runner
-from pdengine.engine.scheduler import BlockCopy, Chunk, Scheduler, SchedulerConfig
+from pdengine.engine.scheduler import Scheduler, SchedulerConfig
 from pdengine.engine.sequence import Mode, Sequence, sequences_of
+from pdengine.engine.step import BlockCopy, Chunk
 from pdengine.engine.step_extras import StepResult
 from pdengine.transport.memory_transfer import Fabric, MemoryTransfer
 from pdengine.transport.messages import (
@@ -175,6 +177,7 @@ class EngineWorker:
         max_requests: int = 8,
         pull_seconds: float = DEADLINE_SECONDS,
         eos_token_ids: frozenset[int] = frozenset(),
+        pages: PoolPages | None = None,
     ) -> None:
         self.engine_id = engine_id
         self.block_size = block_size
@@ -196,6 +199,7 @@ class EngineWorker:
             lease_duration=LEASE_SECONDS,
             metrics=self.metrics,
             emit=self._take_events,
+            pages=pages,
         )
         self.borrowed: list[BorrowedLease] = []
         self.unneeded: list[BorrowedLease] = []

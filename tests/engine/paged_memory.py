@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Sequence as Sequence_
 
-from pdengine.engine.scheduler import Chunk, Step
+from pdengine.engine.step import Chunk, Step
 
 GARBAGE = -1
 

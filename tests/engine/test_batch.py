@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from sequences import make_sequence
 
 from pdengine.engine.batch import build_batch
-from pdengine.engine.scheduler import Chunk
 from pdengine.engine.sequence import Mode, Sequence, blocks_for
+from pdengine.engine.step import Chunk
 from pdengine.engine.step_upload import upload_for
 
 UPLOAD = upload_for(torch.device("cpu"))
@@ -74,7 +74,7 @@ def steps(draw: st.DrawFn) -> tuple[list[Chunk], int]:
 
 
 @given(steps())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_every_token_stands_where_its_block_table_says(step: tuple[list[Chunk], int]) -> None:
     chunks, block_size = step
     batch = build_batch(chunks, block_size, UPLOAD)

@@ -108,7 +108,7 @@ class PoolAgainstModel(RuleBasedStateMachine):
 
 
 TestPoolAgainstModel = PoolAgainstModel.TestCase
-TestPoolAgainstModel.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestPoolAgainstModel.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
 def pool_of_idle_blocks(num_blocks: int) -> BlockPool:

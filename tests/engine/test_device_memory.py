@@ -17,8 +17,8 @@ from pdengine.engine.device_memory import CudaContext, CudaError, DeviceMemory
 from pdengine.engine.gpu_memory import TRIAL_BLOCKS, largest_step, measure_gpu_use
 from pdengine.engine.kv_cache import KVCache
 from pdengine.engine.runner import Runner
-from pdengine.engine.scheduler import Chunk
 from pdengine.engine.sequence import Mode, Sequence
+from pdengine.engine.step import Chunk
 from pdengine.engine.step_upload import upload_for
 from pdengine.engine.worker_config import WorkerConfig
 from pdengine.models.config import load_config

@@ -84,7 +84,7 @@ class FreeBlocksAgainstModel(RuleBasedStateMachine):
 
 
 TestFreeBlocksAgainstModel = FreeBlocksAgainstModel.TestCase
-TestFreeBlocksAgainstModel.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestFreeBlocksAgainstModel.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
 def test_best_fit_takes_the_shortest_run_that_is_long_enough() -> None:

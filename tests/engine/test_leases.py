@@ -236,4 +236,4 @@ class LossyLink(RuleBasedStateMachine):
 
 
 TestLossyLink = LossyLink.TestCase
-TestLossyLink.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestLossyLink.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

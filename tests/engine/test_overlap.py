@@ -12,7 +12,7 @@ from engine_worker import TokenRunner, answer_to
 from pdengine.engine.commands import Event
 from pdengine.engine.engine import Engine
 from pdengine.engine.runner import ReadStep
-from pdengine.engine.scheduler import BlockCopy, Chunk
+from pdengine.engine.step import BlockCopy, Chunk
 from pdengine.engine.step_extras import StepResult
 from pdengine.transport.messages import StepTokens
 

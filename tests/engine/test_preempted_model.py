@@ -20,8 +20,8 @@ from torch import Tensor
 from pdengine.engine.batch import build_batch
 from pdengine.engine.kv_cache import KVCache
 from pdengine.engine.runner import Runner
-from pdengine.engine.scheduler import Chunk
 from pdengine.engine.sequence import Mode, blocks_for
+from pdengine.engine.step import Chunk
 from pdengine.engine.step_upload import upload_for
 from pdengine.models.config import load_config
 from pdengine.models.decoder import Decoder

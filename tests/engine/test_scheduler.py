@@ -6,8 +6,9 @@ import pytest
 from sequences import make_sequence, make_work, names_of
 
 from pdengine.engine.block_pool import BlockPool
-from pdengine.engine.scheduler import BlockCopy, Scheduler, SchedulerConfig
+from pdengine.engine.scheduler import Scheduler, SchedulerConfig
 from pdengine.engine.sequence import Mode, Sequence, sequences_of
+from pdengine.engine.step import BlockCopy
 from pdengine.transport.messages import Choice
 
 EOS = frozenset({0})

@@ -7,15 +7,20 @@ from collections.abc import Callable
 
 import pytest
 from sequences import make_work
-from worker_bench import BLOCK_SIZE, Bench
+from worker_bench import Bench
 
 from pdengine.engine.commands import AbortAll, AbortRequest, AddRequest, Event
-from pdengine.engine.sequence import Mode, sequences_of
+from pdengine.engine.sequence import Mode
 from pdengine.transport.messages import (
+    Abort,
     Choice,
+    Decode,
     KVLease,
+    Prefill,
+    PrefillAndDecode,
     Prefilled,
     Pushed,
+    Reserve,
     StepTokens,
     TokenUpdate,
     TransferStats,
@@ -40,7 +45,12 @@ def on_loop(check: Callable[[Bench], None]) -> None:
 
 
 def take(bench: Bench, work: Work, mode: Mode = Mode.WHOLE) -> None:
-    bench.worker._take(sequences_of(work, mode, block_size=BLOCK_SIZE))
+    orders = {
+        Mode.PREFILL: Prefill(work),
+        Mode.DECODE: Reserve(work, "writer"),
+        Mode.WHOLE: PrefillAndDecode(work),
+    }
+    bench.worker._intake.take(orders[mode])
 
 
 def test_what_can_never_fit_is_refused_for_good() -> None:
@@ -61,6 +71,17 @@ def test_what_can_never_fit_is_refused_for_good() -> None:
     on_loop(check)
 
 
+def test_work_that_was_sent_before_the_router_knew_that_the_worker_leaves_is_done() -> None:
+    def check(bench: Bench) -> None:
+        bench.worker.stop()
+        take(bench, make_work("request", [1], choices(1), max_tokens=2))
+        assert isinstance(bench.posted[-1], AddRequest)
+        assert bench.sent == []
+        assert not bench.worker._is_idle(), "the worker waits for it"
+
+    on_loop(check)
+
+
 def test_answers_that_differ_already_need_not_all_be_written_at_once() -> None:
     def check(bench: Bench) -> None:
         take(
@@ -76,14 +97,14 @@ def test_answers_that_differ_already_need_not_all_be_written_at_once() -> None:
 
 def test_a_lease_must_cover_every_answer() -> None:
     def check(bench: Bench) -> None:
-        lease = KVLease(1, "prefill", [0, 1], 2, 30.0)
-        bench.worker._peers["prefill"] = object()  # type: ignore[assignment]
+        bench.join(bench.writer_descriptor)
+        lease = KVLease(1, "writer", [0, 1], 2, 30.0)
         work = make_work("request", [1, 2], [Choice(0, [5]), Choice(1, [5, 6])], max_tokens=3)
-        bench.worker._take_leased(work, lease)
+        bench.worker._intake.take(Decode(work, lease))
         [failed] = bench.sent
         assert isinstance(failed, WorkFailed)
         assert failed.reason == "lease 1 does not cover the tokens of the request"
-        del bench.worker._peers["prefill"]
+        bench.worker._forget_peer("writer")
 
     on_loop(check)
 
@@ -126,7 +147,7 @@ def test_a_request_has_ended_when_all_its_answers_have(event: Event, ends: bool)
 def test_only_the_answers_that_go_on_are_waited_for_after_a_push() -> None:
     def check(bench: Bench) -> None:
         take(bench, make_work("request", [1], choices(3), max_tokens=2), Mode.DECODE)
-        bench.worker._decode_pushed(make_work("request", [1], [Choice(2, [7])], max_tokens=2))
+        bench.worker._intake.take(Decode(make_work("request", [1], [Choice(2, [7])], max_tokens=2), None))
         bench.worker._handle_events([StepTokens([TokenUpdate("request", 1, 2, 1, 5, "length")])])
         assert bench.worker._is_idle()
 
@@ -136,7 +157,7 @@ def test_only_the_answers_that_go_on_are_waited_for_after_a_push() -> None:
 def test_one_answer_that_is_given_up_leaves_the_others_to_be_waited_for() -> None:
     def check(bench: Bench) -> None:
         take(bench, make_work("request", [1], choices(3), max_tokens=2))
-        bench.worker._abort("request", [0, 2])
+        bench.worker._intake.take(Abort("request", [0, 2]))
         assert bench.posted[-1] == AbortRequest("request", frozenset({0, 2}))
         assert not bench.worker._is_idle()
         bench.worker._handle_events([StepTokens([TokenUpdate("request", 1, 1, 0, 5, "stop")])])

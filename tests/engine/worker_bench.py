@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ import zmq.asyncio
 from pdengine.engine.metrics import WorkerMetrics
 from pdengine.engine.pushes import LoseWriter
 from pdengine.engine.worker import Worker, WorkerParts
+from pdengine.engine.worker_keys import WorkerKeys
 from pdengine.transport.messages import (
     Compatibility,
     Load,
@@ -35,10 +37,12 @@ def descriptor(engine_id: str, role: Any, control_address: str) -> PeerDescripto
 
 
 class Bench:
-    """A worker on the loop, with an engine that only remembers, and the socket of a prefill worker."""
+    """A worker on the loop, with an engine that only remembers, and the socket of a prefill worker. keys: the
+    worker's file."""
 
-    def __init__(self) -> None:
+    def __init__(self, keys: Path | None = None) -> None:
         self.context = zmq.asyncio.Context()
+        self.keys = WorkerKeys(self.context, keys) if keys is not None else None
         self.writer = ServerSocket[PeerRequest](self.context, PeerRequest)
         self.writer_descriptor = descriptor("writer", "prefill", self.writer.bind("tcp://127.0.0.1:0"))
         self.posted: list[object] = []
@@ -53,15 +57,20 @@ class Bench:
             drain_seconds=0.0,
             router_address="tcp://127.0.0.1:1",
             context=self.context,
-            peer_server=ServerSocket[PeerRequest](self.context, PeerRequest),
+            peer_server=ServerSocket[PeerRequest](
+                self.context,
+                PeerRequest,
+                keys=self.keys.to_serve() if self.keys is not None else None,
+            ),
             transfer=cast(Any, nothing),
             engine=cast(Any, SimpleNamespace(post=self.posted.append, load=Load(4, 4), step_age=lambda: 0.0)),
             metrics=WorkerMetrics(),
             died=Future(),
+            keys=self.keys,
         )
         self.worker = Worker(parts)
         self.sent: list[Message] = []  # to the router
-        self.worker._send_to_router = self.sent.append  # type: ignore[method-assign]
+        self.worker._router.send = self.sent.append  # type: ignore[method-assign]
 
     def join(self, *peers: PeerDescriptor) -> None:
         self.worker._join(Welcome("epoch", 1.0, list(peers), pushes=True))

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import click
 
-from pdengine.cli.config_file import TABLES, option_tables, origin
-from pdengine.cli.up import worker_arguments, worker_counts
+from pdengine.cli.config_file import TABLES, origin
+from pdengine.cli.up import options_of_workers, worker_arguments, worker_counts
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def _sections(root: click.Context, name: str, arguments: list[str]) -> list[tupl
         rows = _rows(ctx)
         if name != "up":
             return [(name, rows)]
-        of_workers = {f"--{key}" for key in option_tables(root.command)["worker"]}
+        of_workers = {f"--{key}" for key in options_of_workers(ctx)}
         sections = [(name, [row for row in rows if row.option not in of_workers])]
         shared_with_up = [row.option for row in rows if row.option in of_workers]
         given = worker_arguments(ctx)

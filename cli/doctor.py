@@ -7,7 +7,7 @@ import click
 
 from pdengine.cli.options import errors_in_one_line
 from pdengine.engine.doctor import Finding, examine
-from pdengine.transport.sockets import split_tcp_address
+from pdengine.transport.addresses import split_tcp_address
 
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 NAME_WIDTH = 13

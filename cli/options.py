@@ -15,8 +15,8 @@ from pdengine.engine.memory import memory_bytes
 from pdengine.engine.worker_config import GPU_MEMORY_UTILIZATION, StartupError
 from pdengine.models.chat_template import ChatTemplateError
 from pdengine.models.checkpoint import CheckpointError
+from pdengine.transport.addresses import AddressError
 from pdengine.transport.keys import KeysError
-from pdengine.transport.sockets import AddressError
 from pdengine.transport.transfer import SameHost, TransferError
 
 EXPECTED_ERRORS = (

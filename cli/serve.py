@@ -15,6 +15,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pdengine.cli.garbage import spare_what_is_loaded
 from pdengine.cli.http import http_config, http_options
 from pdengine.cli.logs import LogFormat, LogLevel, log_options, log_to_stderr
 from pdengine.cli.options import (
@@ -35,6 +36,7 @@ from pdengine.router.config import OnFailure, RouterConfig, TransferMode
 from pdengine.router.http.config import address_to_connect
 from pdengine.router.router import Router
 from pdengine.transport.messages import Role
+from pdengine.transport.metrics_server import MetricsServer
 from pdengine.transport.service_manager import ServiceManager, serving
 from pdengine.transport.sockets import raise_file_limit
 
@@ -79,6 +81,13 @@ logger = logging.getLogger(__name__)
     "or push it, for comparison, on a trusted network.",
 )
 @local_prefill_option
+@option(
+    "--metrics-address",
+    "router_metrics_address",
+    envvar="PDENGINE_ROUTER_METRICS_ADDRESS",  # the name without ROUTER is for workers, also those of up
+    metavar="HOST:PORT",
+    help="Serve the router's /metrics, /live and /ready over HTTP here; PORT alone is on loopback.",
+)
 @http_options(default=None)
 def router(
     model: str,
@@ -91,6 +100,7 @@ def router(
     max_attempts: int,
     transfer: TransferMode,
     local_prefill_tokens: int,
+    router_metrics_address: str | None,
     http_address: str | None,
     config: Path | None,
     log_format: LogFormat,
@@ -117,6 +127,8 @@ def router(
             insecure=insecure,
         )
         server = Router(settings)
+        if router_metrics_address:
+            logger.info("metrics on %s/metrics", MetricsServer(router_metrics_address, server.metrics).url)
         click.echo(
             f"listening for clients on {server.client_address}, for workers on {server.worker_address}"
         )
@@ -133,6 +145,7 @@ def router(
                 directory, http_address, server, running, service, {**http, "insecure": insecure}
             )
         else:
+            spare_what_is_loaded()
             async with serving(service, status=lambda: f"clients on {server.client_address}"):
                 await asyncio.wait([running])
         if not running.cancelled():
@@ -173,7 +186,7 @@ async def _serve_http(
         config = http_config(
             directory,
             http_address=http_address,
-            router_address=address_to_connect(router.client_address),
+            router_addresses=(address_to_connect(router.client_address),),
             drain_seconds=HTTP_DRAIN_SECONDS,
             router_keys=router.client_keys,
             **options,
@@ -185,6 +198,7 @@ async def _serve_http(
         raise
     try:
         await asyncio.to_thread(server.start)
+        spare_what_is_loaded()
         logger.info("serving %s over HTTP on %s", config.served_model_name, server.url)
         status = f"clients on {router.client_address}, HTTP on {server.url}"
         async with serving(service, status=lambda: status, loop_age=server.loop_age):

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from pdengine.cli.cluster import LOOPBACK, Cluster
-from pdengine.cli.config_file import option_tables
+from pdengine.cli.config_file import Options, option_tables
 from pdengine.cli.http import http_address_option
 from pdengine.cli.logs import log_options
 from pdengine.cli.options import (
@@ -25,9 +25,10 @@ from pdengine.cli.options import (
 )
 from pdengine.cli.serve import worker_config
 from pdengine.engine.memory import available_memory, check_memory, plan_memory
-from pdengine.engine.worker_config import WorkerConfig, join_host_port, split_metrics_address
+from pdengine.engine.worker_config import WorkerConfig
 from pdengine.models.config import load_config
 from pdengine.models.hub import resolve_model
+from pdengine.transport.addresses import join_host_port, split_host_port
 from pdengine.transport.messages import Role
 
 
@@ -47,6 +48,11 @@ def _count_option(role: Role, default: int) -> Callable[[Function], Function]:
 @client_address_option
 @http_address_option(default=None)
 @local_prefill_option
+@option(
+    "--insecure",
+    is_flag=True,
+    help="Serve clients and HTTP on other hosts without keys: only on a network that is trusted.",
+)
 @worker_options
 @click.pass_context
 def up(
@@ -76,10 +82,10 @@ def up(
             client_address=client_address,
             config=ctx.params["config"],
             log_arguments=log_arguments,
-            # If there is no --http, the router looks into the environment and the file itself.
+            # If they are not here, the router looks into the environment and the file itself.
             router_arguments=[
                 *("--local-prefill-tokens", str(local_prefill_tokens)),
-                *_given(ctx, {"http": "http_address"}),
+                *_given(ctx, {"http": "http_address", "insecure": "insecure"}),
             ],
             worker_arguments=_planned_arguments(ctx, configs),
             metrics_addresses=metrics_addresses(configs),
@@ -98,7 +104,8 @@ def up(
                 f'try:   pdengine generate "Once upon a time" --router {cluster.client_address}{with_keys}'
             )
             if http_address:
-                click.echo(f"HTTP:  OpenAI's API on {http_address}")
+                url = join_host_port(*split_host_port("HTTP address", http_address))
+                click.echo(f"HTTP:  OpenAI's API on http://{url}/v1")
             click.echo("stop:  Ctrl-C")
             cluster.supervise(stop)
     click.echo("stopped", err=True)
@@ -112,8 +119,14 @@ def worker_counts(ctx: click.Context) -> dict[Role, int]:
 
 def worker_arguments(ctx: click.Context) -> list[str]:
     """The options of workers on the command line of `up`, as arguments of a worker's command."""
-    options = option_tables(ctx.find_root().command)["worker"]
-    return _given(ctx, {key: option.name or "" for key, option in options.items()})
+    return _given(ctx, {key: option.name or "" for key, option in options_of_workers(ctx).items()})
+
+
+def options_of_workers(ctx: click.Context) -> Options:
+    """Those of `up` that are for its workers: of an option that the router has, too, it is the router's."""
+    tables = option_tables(ctx.find_root().command)
+    of_router = {option.name for option in tables["router"].values()}
+    return {key: option for key, option in tables["worker"].items() if option.name not in of_router}
 
 
 def _given(ctx: click.Context, options: Mapping[str, str]) -> list[str]:
@@ -121,7 +134,8 @@ def _given(ctx: click.Context, options: Mapping[str, str]) -> list[str]:
     arguments = []
     for key, name in options.items():
         if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
-            arguments += [f"--{key}", str(ctx.params[name])]
+            value = ctx.params[name]
+            arguments += [f"--{key}"] if value is True else [f"--{key}", str(value)]
     return arguments
 
 
@@ -177,7 +191,7 @@ def metrics_addresses(configs: Iterable[WorkerConfig]) -> list[str]:
         if config.metrics_address is None:
             addresses.append("")
         else:
-            host, port = split_metrics_address(config.metrics_address)
+            host, port = split_host_port("metrics address", config.metrics_address)
             addresses.append(join_host_port(host, port + taken[host, port] if port else 0))
             taken[host, port] += 1
     return addresses

@@ -1,22 +1,18 @@
 """The router's two server sockets, and who may connect to them."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import zmq.asyncio
 
 from pdengine.router.config import RouterConfig
+from pdengine.transport.addresses import check_exposure, split_tcp_address
 from pdengine.transport.doorkeeper import Doorkeeper
+from pdengine.transport.handshakes import REFUSED, watch_handshakes
 from pdengine.transport.keys import KeyRole, PeerKeys, key_file_path, read_key_file
 from pdengine.transport.messages import ClientToRouter, WorkerToRouter
-from pdengine.transport.sockets import (
-    MAX_REQUEST_BYTES,
-    REFUSED,
-    ServerKeys,
-    ServerSocket,
-    check_exposure,
-    watch_handshakes,
-)
+from pdengine.transport.sockets import MAX_REQUEST_BYTES, ServerKeys, ServerSocket
 
 CLIENTS, WORKERS = "clients", "workers"
 ADMITTED: dict[str, tuple[KeyRole, ...]] = {CLIENTS: ("client", "operator"), WORKERS: ("worker",)}
@@ -36,7 +32,9 @@ class Ports:
             ("--client-address", config.client_address),
             ("--worker-address", config.worker_address),
         ):
-            check_exposure(option, address, has_keys=config.keys is not None, insecure=config.insecure)
+            host, _ = split_tcp_address(address)
+            has_keys = config.keys is not None
+            check_exposure(f"{option} {address}", host, has_keys=has_keys, insecure=config.insecure)
         self._context = zmq.asyncio.Context()
         self._doorkeeper: Doorkeeper | None = None
         self.client_keys: PeerKeys | None = None
@@ -59,24 +57,23 @@ class Ports:
                 WorkerToRouter,
                 keys=self._server_keys(WORKERS),
             )
+            self.by_name: dict[str, ServerSocket[Any]] = {CLIENTS: self.clients, WORKERS: self.workers}
             self.client_address = self.clients.bind(config.client_address)
             self.worker_address = self.workers.bind(config.worker_address)
         except BaseException:
             self._context.destroy(linger=0)
             raise
 
-    async def watch(self) -> None:
-        """Let in who has a key, and log how many were refused, until cancelled."""
+    async def watch(self, on_change: Callable[[], None]) -> None:
+        """Let in who has a key, and log how many were refused, until cancelled. on_change: other keys are
+        admitted than before."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(watch_handshakes(self._by_name, REFUSED))
+            group.create_task(watch_handshakes(lambda: self.by_name, REFUSED))
             if self._doorkeeper is not None:
-                group.create_task(self._doorkeeper.run())
+                group.create_task(self._doorkeeper.run(on_change))
 
     def _server_keys(self, port: str) -> ServerKeys | None:
         return self._doorkeeper.server_keys(port) if self._doorkeeper is not None else None
-
-    def _by_name(self) -> dict[str, ServerSocket[Any]]:
-        return {CLIENTS: self.clients, WORKERS: self.workers}
 
     def close(self) -> None:
         self.clients.close()

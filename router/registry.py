@@ -263,6 +263,11 @@ class Registry:
         capacities = [w.capacity for w in self._workers.values() if not (complete and w.role == "decode")]
         return max(capacities, default=0)
 
+    @property
+    def roles(self) -> list[Role]:
+        """Of all workers. May be read on any thread."""
+        return [worker.role for worker in list(self._workers.values())]
+
     def statuses(self, now: float) -> list[WorkerStatus]:
         return [
             WorkerStatus(w.engine_id, w.role, w.load, now - w.heard_at, dict(w.links))

@@ -21,10 +21,11 @@ from pdengine.router.config import RouterConfig
 from pdengine.router.delivery import Delivery
 from pdengine.router.intake import Intake
 from pdengine.router.ledger import Ledger, Request
+from pdengine.router.metrics import RouterMetrics
 from pdengine.router.outbox import Outbox
 from pdengine.router.ports import Ports
 from pdengine.router.registry import Registry, WorkerEntry
-from pdengine.router.request_log import log_end, log_refused
+from pdengine.router.request_log import RequestLog
 from pdengine.transport.messages import (
     Aborted,
     Accepted,
@@ -65,7 +66,7 @@ from pdengine.transport.messages import (
     WorkFailed,
     WorkRefused,
 )
-from pdengine.transport.sockets import SendFailed
+from pdengine.transport.sockets import KEY_REVOKED, SendFailed
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ TOKENIZER_THREADS = 4
 class Router:
     """Binds its sockets when made; `run` serves until it is cancelled.
 
-    client_keys: for a client in this process; None in a cluster without keys.
+    client_keys: for a client in this process; None in a cluster without keys. metrics: for a MetricsServer.
     Raises CheckpointError, AddressError or KeysError.
     """
 
@@ -86,6 +87,7 @@ class Router:
         self._intake = Intake(config.model_directory)
         self._registry = Registry(self._intake.model)
         self._ledger = Ledger()
+        self._log = RequestLog()
         self._attempts = Attempts(
             config, self._ledger, self._registry, send=self._send_to_worker, end=self._end
         )
@@ -105,6 +107,7 @@ class Router:
         self._clients, self._workers = self._ports.clients, self._ports.workers
         self.client_address, self.worker_address = self._ports.client_address, self._ports.worker_address
         self.client_keys = self._ports.client_keys
+        self.metrics = RouterMetrics(self._ports.by_name, self._registry, self._ledger, self._log)
 
     async def run(self) -> None:
         """Serve until cancelled; then every request in flight fails with a word to its client."""
@@ -113,7 +116,7 @@ class Router:
                 group.create_task(self._serve_clients())
                 group.create_task(self._serve_workers())
                 group.create_task(self._tick())
-                group.create_task(self._ports.watch())
+                group.create_task(self._ports.watch(self._shut_out))
         finally:
             for request in self._ledger:
                 self._end(request, Failed(request.tag, "the router is shutting down", retry=True))
@@ -157,7 +160,7 @@ class Router:
         except InvalidRequest as error:
             refusal = Rejected(tag, str(error), error.field)
             self._outbox.send(client, refusal)
-            log_refused(request_id, refusal)
+            self._log.refuse(request_id, refusal)
             return
         sampling = message.sampling
         if sampling.seed is None:
@@ -206,7 +209,15 @@ class Router:
             logger.info("client %s: %s; %d requests aborted", client.hex(), error, len(requests))
         for request in requests:
             self._forget(request)
-            log_end(request, None)
+            self._log.end(request, None)
+
+    def _shut_out(self) -> None:
+        """Other keys are admitted than before: who is no longer has nothing here any more."""
+        for client in self._clients.forget_revoked():
+            for request in self._ledger.of_client(client):
+                self._end(request, Failed(request.tag, KEY_REVOKED))
+        revoked = [self._registry.by_identity(identity) for identity in self._workers.forget_revoked()]
+        self._lose_workers([worker for worker in revoked if worker is not None], KEY_REVOKED)
 
     # --------------------------------------------------------------------------------- workers
 
@@ -371,7 +382,7 @@ class Router:
             return  # its client went away while the requests before it ended
         self._forget(request, finished=isinstance(outcome, Finished))
         self._outbox.send(request.client, outcome)
-        log_end(request, outcome)
+        self._log.end(request, outcome)
 
     def _forget(self, request: Request, *, finished: bool = False) -> None:
         """Drop a request and whatever workers hold for it."""

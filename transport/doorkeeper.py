@@ -1,13 +1,15 @@
 """Which public keys may connect to the server sockets of a process (ZAP, https://rfc.zeromq.org/spec/27).
 
 libzmq asks at each handshake, after the peer has proved that it holds the secret key. The file of keys is
-looked at each time, and read again when it has changed: who is added or removed needs no restart.
+looked at each time, and once a second besides, and read again when it has changed: who is added or removed
+needs no restart. Messages carry the key of their sender, so that one who is removed is not heard any more on
+the connections that he has.
 """
 
 import asyncio
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import zmq
@@ -22,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 ZAP_VERSION = b"1.0"
+LOOK_SECONDS = 1.0
 NUM_ZAP_FIELDS = 6  # before the credentials
 ADMITTED = (b"200", b"OK")
 # A temporary refusal: after a final one, 400, libzmq's client never tries again, even once it is admitted.
@@ -47,6 +50,7 @@ class Doorkeeper:
         self._path = path
         self._keys = keys
         self._ports = ports
+        self._admitted = self._by_port()
         self._version = self._look()
         self._log = BoundedLog(logger)
         self._socket = context.socket(zmq.REP)
@@ -55,21 +59,24 @@ class Doorkeeper:
     def server_keys(self, port: str) -> ServerKeys:
         """What a server socket needs to ask here, as `port`."""
         assert port in self._ports
-        return ServerKeys(self._keys.secret_key, port)
+        return ServerKeys(self._keys.secret_key, port, lambda key: key in self._admitted[port])
 
     def admits(self, port: str, public_key: str) -> bool:
         """Whether `public_key` may connect to `port`, by the file as it is now."""
         self._read_again()
-        if any(self._keys.admits(role, public_key) for role in self._ports.get(port, ())):
-            return True
-        own = self._keys.role == "router" and "client" in self._ports.get(port, ())
-        return own and public_key == self._keys.public_key
+        return public_key in self._admitted.get(port, ())
 
-    async def run(self) -> None:
-        """Answer until cancelled."""
+    async def run(self, on_change: Callable[[], None]) -> None:
+        """Answer until cancelled. on_change: called soon after other keys are admitted than before."""
+        told = self._admitted
         while True:
-            frames = await self._socket.recv_multipart()
-            await self._socket.send_multipart(self._answer(frames))
+            if await self._socket.poll(int(1000 * LOOK_SECONDS)):
+                frames = await self._socket.recv_multipart()
+                await self._socket.send_multipart(self._answer(frames))
+            self._read_again()
+            if told is not self._admitted:
+                told = self._admitted
+                on_change()
             await asyncio.sleep(0)  # many handshakes at once leave turns to other tasks
 
     def close(self) -> None:
@@ -93,6 +100,13 @@ class Doorkeeper:
             )
         code, text = ADMITTED if admitted else DENIED
         return [ZAP_VERSION, request_id, code, text, public_key.encode() if admitted else b"", b""]
+
+    def _by_port(self) -> dict[str, frozenset[str]]:
+        admitted = {}
+        for port, roles in self._ports.items():
+            own = {self._keys.public_key} if self._keys.role == "router" and "client" in roles else set()
+            admitted[port] = frozenset(own.union(*(self._keys.admitted.get(r, {}).values() for r in roles)))
+        return admitted
 
     def _name_of(self, public_key: str) -> str:
         for role, names in self._keys.admitted.items():
@@ -121,6 +135,7 @@ class Doorkeeper:
             self._keys.router_key,
             keys.admitted,
         )
+        self._admitted = self._by_port()
         logger.info("read %s again: %s", self._path, self._describe())
 
     def _describe(self) -> str:

@@ -3,24 +3,31 @@
 Both belong to one asyncio loop. Sending never waits: what cannot be handed to ZeroMQ at once raises, because
 a ROUTER would otherwise drop it in silence. Frames that do not decode are counted, logged, dropped and
 answered with `Malformed`; nothing is ever unpickled. With keys a socket speaks CURVE (docs/security.md) and
-nothing else: a peer without a key, or with one that is not admitted, gets no further than the handshake.
+nothing else: a peer without a key, or with one that is not admitted, gets no further than the handshake, and
+what comes over a connection whose key is not admitted any more is dropped.
 """
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
+import re
 import resource
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 import msgspec
 import zmq
 import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
+from pdengine.transport.addresses import AddressError, check_address, split_tcp_address
 from pdengine.transport.bounded_log import BoundedLog
+from pdengine.transport.handshakes import (
+    HANDSHAKE_FAILURES,
+    HandshakeFailure,
+    HandshakeFailures,
+)
 from pdengine.transport.keys import PeerKeys
 from pdengine.transport.messages import Malformed, Message
 
@@ -34,26 +41,20 @@ HANDSHAKE_MS = 5_000  # a connection without a handshake is closed, and one that
 BACKLOG = (
     2048  # connections that wait to be accepted; libzmq's 100 would hold up others when many come at once
 )
-HANDSHAKE_FAILURES = (
-    zmq.EVENT_HANDSHAKE_FAILED_AUTH
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-)
 MAX_IN_A_ROW = 256  # messages that are there already, before the loop's other tasks have a turn
-REPORT_SECONDS = 5.0
 LINGER_MS = 1_000  # last words get this long to leave when a socket is closed
 HEARTBEAT_INTERVAL_MS = 5_000  # a host that vanished without closing is noticed after the timeout
 HEARTBEAT_TIMEOUT_MS = 20_000
 
+MAX_KNOWN_PEERS = 65_536  # whose keys are remembered, those of connections that are gone included
+OTHER_TYPE = re.compile(r"Invalid value '(\w+)' - at `\$\.type`")  # as msgspec says it
+KEY_REVOKED = "the key of this connection is not admitted any more"
+
 Incoming = TypeVar("Incoming")
 
-
-class AddressError(ValueError):
-    """An address that cannot be used; the message says which and why."""
-
-
-class InsecureAddress(AddressError):
-    """Other hosts could connect, and no key is asked for."""
+MessageRefusal = Literal["malformed", "disallowed", "revoked"]
+"""malformed: it does not decode. disallowed: it is one that others may send, and not to this socket.
+revoked: the key of its sender was admitted when he connected and is not any more."""
 
 
 class SendFailed(ConnectionError):
@@ -62,53 +63,16 @@ class SendFailed(ConnectionError):
 
 @dataclass(frozen=True)
 class ServerKeys:
-    """domain: under which the keys of those who connect are looked up, the name of the port."""
+    """domain: under which the keys of those who connect are looked up, the name of the port. admits: whether
+    who has this public key may still say something there; asked for each message."""
 
     secret_key: str = field(repr=False)
     domain: str
+    admits: Callable[[str], bool]
 
 
 class MessageTooLong(ValueError):
     """More than the other side takes: it would close the connection on all that is in flight there."""
-
-
-def split_tcp_address(address: str) -> tuple[str, int]:
-    """`tcp://HOST:PORT` -> (HOST, PORT). Port 0 stands for any free one. Raises AddressError."""
-    host, separator, port = address.removeprefix("tcp://").rpartition(":")
-    if not address.startswith("tcp://") or not separator or not host:
-        raise AddressError(f"address {address!r} must be tcp://HOST:PORT")
-    if not (port.isascii() and port.isdecimal()) or int(port) > 65535:
-        raise AddressError(f"address {address!r}: port {port!r} must be a number from 0 to 65535")
-    return host, int(port)
-
-
-def check_address(address: str) -> None:
-    """Raise AddressError unless `address` is one that can be connected to."""
-    _, port = split_tcp_address(address)
-    if port == 0:
-        raise AddressError(f"address {address!r} needs a port to connect to")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can connect to `host`; a name that is not known to be such is not."""
-    try:
-        return ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def check_exposure(option: str, address: str, *, has_keys: bool, insecure: bool) -> None:
-    """Raise InsecureAddress if other hosts could connect to `address` and no key is asked for.
-
-    option: the one that `address` was given by, for the message.
-    """
-    host, _ = split_tcp_address(address)
-    if has_keys or insecure or is_loopback(host):
-        return
-    raise InsecureAddress(
-        f"{option} {address} can be reached from other hosts, and no key is asked for: give --keys (pdengine "
-        f"keygen makes them), or --insecure (PDENGINE_INSECURE=1) if everyone on the network is trusted"
-    )
 
 
 def raise_file_limit() -> None:
@@ -148,12 +112,15 @@ class ServerSocket(Generic[Incoming]):
             self._socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret_key.encode())
             self._socket.setsockopt_string(zmq.ZAP_DOMAIN, keys.domain)
             self._socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # else all are let in while nobody answers
-        self._failures = _HandshakeFailures(self._socket)
+        self._admits = keys.admits if keys is not None else None
+        self._keys_of: dict[bytes, str] = {}  # of those who have said something, the last 65 536
+        self._waiting: zmq.Socket[bytes] = zmq.Socket.shadow(self._socket.underlying)
+        self._failures = HandshakeFailures(self._socket)
         self._decoder: msgspec.msgpack.Decoder[Incoming] = msgspec.msgpack.Decoder(incoming)
         self._encoder = msgspec.msgpack.Encoder()
         self._log = BoundedLog(logger)
         self._num_in_a_row = 0
-        self.num_malformed = 0
+        self.refused_messages: dict[MessageRefusal, int] = dict.fromkeys(get_args(MessageRefusal), 0)
 
     def bind(self, address: str) -> str:
         """Bind `tcp://HOST:PORT` and return the address with the port that was taken. Raises AddressError."""
@@ -170,18 +137,58 @@ class ServerSocket(Generic[Incoming]):
             if self._num_in_a_row >= MAX_IN_A_ROW:
                 self._num_in_a_row = 0
                 await asyncio.sleep(0)  # before a message is taken: cancelled here, none is lost
-            received = asyncio.ensure_future(self._socket.recv_multipart())  # a future already: no task
-            self._num_in_a_row = self._num_in_a_row + 1 if received.done() else 0
-            frames = await received
-            identity = frames[0]
             try:
-                if len(frames) != 2:
-                    raise msgspec.DecodeError(f"{len(frames) - 1} frames instead of 1")
-                return identity, self._decoder.decode(frames[1])
+                identity, frames = self._receive_waiting()  # a tenth of the cost of a future
+                self._num_in_a_row += 1
+            except zmq.Again:
+                self._num_in_a_row = 0
+                first, *frames = await self._socket.recv_multipart(copy=False)
+                identity = first.bytes
+            if self._admits is not None and not self._is_admitted(identity, frames[0]):
+                self._refuse(identity, "revoked", KEY_REVOKED)
+                continue
+            try:
+                if len(frames) != 1:
+                    raise msgspec.DecodeError(f"{len(frames)} frames instead of 1")
+                return identity, self._decoder.decode(frames[0].bytes)
             except (msgspec.DecodeError, ValueError, RecursionError) as error:
-                self.num_malformed += 1
-                self._log.warning("dropped a malformed message from %s: %s", identity.hex(), error)
-                self._answer_malformed(identity, str(error))
+                self._refuse(identity, _refusal(error), str(error))
+
+    def _receive_waiting(self) -> tuple[bytes, list[zmq.Frame]]:
+        """Raises zmq.Again if there is no message. Its frames come all at once or not at all."""
+        identity = self._waiting.recv(zmq.NOBLOCK)
+        frames = [self._waiting.recv(zmq.NOBLOCK, copy=False)]
+        while frames[-1].more:
+            frames.append(self._waiting.recv(zmq.NOBLOCK, copy=False))
+        return identity, frames
+
+    def _is_admitted(self, identity: bytes, frame: zmq.Frame) -> bool:
+        """Whether the key that the sender has proved at the handshake is admitted still."""
+        assert self._admits is not None
+        public_key = str(frame.get("User-Id"))  # the Doorkeeper's word; part of the message, hence exact
+        if not self._admits(public_key):
+            return False
+        self._keys_of[identity] = public_key
+        if len(self._keys_of) > MAX_KNOWN_PEERS:
+            del self._keys_of[next(iter(self._keys_of))]
+        return True
+
+    def forget_revoked(self) -> list[bytes]:
+        """Those who have said something and whose keys are not admitted any more, each once."""
+        if self._admits is None:
+            return []
+        revoked = [identity for identity, key in self._keys_of.items() if not self._admits(key)]
+        for identity in revoked:
+            del self._keys_of[identity]
+        return revoked
+
+    def _refuse(self, identity: bytes, kind: MessageRefusal, reason: str) -> None:
+        self.refused_messages[kind] += 1
+        self._log.warning("dropped a %s message from %s: %s", kind, identity.hex(), reason)
+        try:
+            self.send(identity, Malformed(reason))
+        except SendFailed as error:
+            logger.debug("no answer to a message that was dropped: %s", error)
 
     def send(self, identity: bytes, message: Message) -> None:
         """Hand `message` to ZeroMQ. Raises SendFailed if the peer is gone or its queue is full."""
@@ -195,15 +202,14 @@ class ServerSocket(Generic[Incoming]):
         """
         return self._failures.count()
 
+    @property
+    def failed_handshakes(self) -> dict[HandshakeFailure, int]:
+        """By reason, as of the last look at `num_failed_handshakes`. May be read on any thread."""
+        return self._failures.by_reason
+
     def close(self) -> None:
         self._failures.close()
         self._socket.close(linger=LINGER_MS)
-
-    def _answer_malformed(self, identity: bytes, reason: str) -> None:
-        try:
-            self.send(identity, Malformed(reason))
-        except SendFailed as error:
-            logger.debug("no answer to a malformed message: %s", error)
 
 
 class PeerSocket(Generic[Incoming]):
@@ -237,13 +243,13 @@ class PeerSocket(Generic[Incoming]):
         self._num_in_a_row = 0
         self._log = BoundedLog(logger)
         self._num_failed_handshakes = 0
-        self._failures: _HandshakeFailures | None = None
+        self._failures: HandshakeFailures | None = None
         self._monitor: zmq.asyncio.Socket | None = None
         if watched:
             events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | HANDSHAKE_FAILURES
             self._monitor = self._socket.get_monitor_socket(events)
         else:
-            self._failures = _HandshakeFailures(self._socket)
+            self._failures = HandshakeFailures(self._socket)
         self._decoder: msgspec.msgpack.Decoder[Incoming] = msgspec.msgpack.Decoder(incoming)
         self._encoder = msgspec.msgpack.Encoder()
         try:
@@ -327,51 +333,11 @@ class PeerSocket(Generic[Incoming]):
         self._socket.close(linger=linger_ms)
 
 
-REFUSED = "refused %d connections to the port for %s: no key that is admitted, or not ZeroMQ"
-IN_VAIN = "%d attempts to connect to %s have failed: its keys and those here do not go together"
-
-
-async def watch_handshakes(
-    look: Callable[[], Mapping[str, ServerSocket[Any] | PeerSocket[Any]]], warning: str
-) -> None:
-    """Log now and then how many handshakes of the sockets that are there, by name, have failed; until
-    cancelled. warning: takes the number and the name."""
-    told: dict[str, int] = {}
-    while True:
-        await asyncio.sleep(REPORT_SECONDS)
-        numbers = {name: socket.num_failed_handshakes for name, socket in look().items()}
-        for name, number in numbers.items():
-            new = number - told.get(name, 0)
-            if new > 0:  # less: another socket of this name, or a connection that came up
-                logger.warning(warning, new, name)
-        told = numbers
-
-
-class _HandshakeFailures:
-    """Counts the failed handshakes of a socket.
-
-    The queue between has no bound, since a full one would block libzmq's thread: a stranger could do that.
-    """
-
-    def __init__(self, watched: zmq.asyncio.Socket) -> None:
-        self._watched = watched
-        self._num_failures = 0
-        address = f"inproc://monitor-{watched.FD}"
-        watched.monitor(address, HANDSHAKE_FAILURES)
-        self._events = watched.context.socket(zmq.PAIR, socket_class=zmq.Socket)
-        self._events.setsockopt(zmq.RCVHWM, 0)
-        self._events.connect(address)
-
-    def count(self) -> int:
-        with contextlib.suppress(zmq.Again):
-            while True:
-                self._events.recv_multipart(zmq.NOBLOCK)
-                self._num_failures += 1
-        return self._num_failures
-
-    def close(self) -> None:
-        self._watched.disable_monitor()
-        self._events.close(linger=0)
+def _refusal(error: Exception) -> MessageRefusal:
+    """Why a message does not decode: its type is known, but not here; or else it is broken."""
+    other = OTHER_TYPE.match(str(error))
+    known = {message.__name__ for message in Message.__subclasses__()}
+    return "disallowed" if other is not None and other[1] in known else "malformed"
 
 
 def _configure(socket: zmq.asyncio.Socket) -> zmq.asyncio.Socket:

@@ -24,8 +24,6 @@ OLDEST_WITH_CUDA = (1, 16)  # before, the target of an emulated read takes its G
 INFINIBAND_DEVICES = Path("/sys/class/infiniband")
 RTLD_NODELETE = 0x1000  # Linux; UCX installs memory hooks and must never be unloaded
 
-UCS_OK = 0
-UCS_INPROGRESS = 1
 UCS_ERR_LAST = -100
 
 UCP_FEATURE_RMA = 1 << 1

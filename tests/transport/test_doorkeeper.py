@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +13,17 @@ import pytest
 import zmq.asyncio
 from fake_cluster import DEADLINE_SECONDS, on_event_loop
 
-from pdengine.transport import bounded_log, sockets
+from pdengine.transport import bounded_log, doorkeeper, handshakes, sockets
+from pdengine.transport.addresses import split_tcp_address
 from pdengine.transport.doorkeeper import Doorkeeper
+from pdengine.transport.handshakes import IN_VAIN, REFUSED, watch_handshakes
 from pdengine.transport.keys import KeyFile, PeerKeys, new_key_file, write_key_file
 from pdengine.transport.messages import Malformed, PeerReply, PeerRequest, ReleaseLeases
 from pdengine.transport.sockets import (
     CURVE_BYTES,
-    IN_VAIN,
-    REFUSED,
+    KEY_REVOKED,
     PeerSocket,
     ServerSocket,
-    watch_handshakes,
 )
 
 ROUTER = new_key_file("router")
@@ -59,6 +61,7 @@ class Door:
         }
         self.addresses = {port: server.bind("tcp://127.0.0.1:0") for port, server in self.servers.items()}
         self.others = zmq.asyncio.Context()
+        self.changed = asyncio.Event()
 
     def knock(self, port: str, keys: PeerKeys | None, *, watched: bool = True) -> PeerSocket[PeerReply]:
         address = self.addresses[port]
@@ -75,7 +78,7 @@ class Door:
         receiving = asyncio.create_task(server.receive())
         while server.num_failed_handshakes == refused and not receiving.done():
             await asyncio.sleep(0.001)
-        peer.close()
+        peer.close(linger_ms=0)
         self.peers.remove(peer)
         if receiving.done():
             return receiving.result()[1] == ReleaseLeases([1])
@@ -84,7 +87,7 @@ class Door:
 
     def close(self) -> None:
         for peer in self.peers:
-            peer.close()
+            peer.close(linger_ms=0)
         for server in self.servers.values():
             server.close()
         self.doorkeeper.close()
@@ -95,7 +98,7 @@ class Door:
 @asynccontextmanager
 async def open_door(directory: Path) -> AsyncIterator[Door]:
     door = Door(directory / "router.toml")
-    running = asyncio.create_task(door.doorkeeper.run())
+    running = asyncio.create_task(door.doorkeeper.run(door.changed.set))
     try:
         async with asyncio.timeout(DEADLINE_SECONDS):
             yield door
@@ -201,6 +204,71 @@ async def test_who_was_denied_gets_in_once_he_is_admitted(
 
 
 @on_event_loop
+async def test_a_key_that_is_taken_away_is_not_heard_any_more(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the connection that it has; the others of that port go on."""
+    monkeypatch.setattr(doorkeeper, "LOOK_SECONDS", 0.01)
+    async with open_door(tmp_path) as door:
+        server = door.servers["clients"]
+        removed, stays = (door.knock("clients", keys.to_connect()) for keys in (CLIENT, OPERATOR))
+        identities = {}
+        for peer in (removed, stays):
+            peer.send(ReleaseLeases([1]))
+            identities[peer], _ = await server.receive()
+        assert server.forget_revoked() == []
+        write_key_file(
+            door.path, replace(ADMITTING, admitted={"operator": {"o": OPERATOR.public_key}}), overwrite=True
+        )
+        await door.changed.wait()
+        assert server.forget_revoked() == [identities[removed]]
+        assert server.forget_revoked() == []
+        receiving = asyncio.create_task(server.receive())
+        removed.send(ReleaseLeases([2]))
+        assert await removed.receive() == Malformed(KEY_REVOKED)
+        stays.send(ReleaseLeases([3]))
+        assert await receiving == (identities[stays], ReleaseLeases([3]))
+        assert server.refused_messages == {"malformed": 0, "disallowed": 0, "revoked": 1}
+        assert f"dropped a revoked message from {identities[removed].hex()}" in caplog.text
+        write_key_file(door.path, ADMITTING, overwrite=True)  # it was a mistake
+        door.changed.clear()
+        await door.changed.wait()
+        removed.send(ReleaseLeases([4]))
+        assert (await server.receive())[1] == ReleaseLeases([4])
+
+
+@on_event_loop
+async def test_the_keys_of_those_who_were_here_take_a_bounded_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sockets, "MAX_KNOWN_PEERS", 2)
+    async with open_door(tmp_path) as door:
+        for _ in range(4):
+            assert await door.gets_in("clients", CLIENT.to_connect())
+        write_key_file(door.path, ROUTER, overwrite=True)
+        assert not await door.gets_in("clients", CLIENT.to_connect())
+        assert len(door.servers["clients"].forget_revoked()) == 2
+
+
+@on_event_loop
+async def test_refusals_are_counted_by_reason(tmp_path: Path) -> None:
+    async with open_door(tmp_path) as door:
+        server = door.servers["workers"]
+        for keys in (CLIENT.to_connect(), None, WORKER.to_connect(STRANGER.public_key)):
+            assert not await door.gets_in("workers", keys)
+        with socket.create_connection(split_tcp_address(door.addresses["workers"])):
+            pass
+        while server.num_failed_handshakes < 4:
+            await asyncio.sleep(0.001)
+        # Who has no key ends the connection himself, if he is the first to see that they do not go together.
+        assert server.failed_handshakes["not_admitted"] == 1
+        assert server.failed_handshakes["protocol"] >= 1
+        assert server.failed_handshakes["ended"] >= 1
+        assert sum(server.failed_handshakes.values()) == 4
+        assert sum(door.servers["clients"].failed_handshakes.values()) == 0
+
+
+@on_event_loop
 async def test_a_watched_peer_counts_handshakes_that_fail(tmp_path: Path) -> None:
     async with open_door(tmp_path) as door:
         peer = door.knock("clients", None)
@@ -237,7 +305,7 @@ async def test_the_limit_is_of_the_message_not_of_what_encryption_adds(tmp_path:
         peer._socket.send(b"\xc1" * (1000 + 2 * CURVE_BYTES))
         assert not await peer.connection_change()
         receiving.cancel()
-        assert server.num_malformed == 1
+        assert server.refused_messages["malformed"] == 1
 
 
 @on_event_loop
@@ -258,7 +326,7 @@ async def test_a_number_of_refusals_that_falls_is_not_told(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when a connection comes up, or a peer of the same name comes anew."""
-    monkeypatch.setattr(sockets, "REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(handshakes, "REPORT_SECONDS", 0.0)
     looks = asyncio.Semaphore(0)
     numbers = iter([3, 1, 2])
 
@@ -268,7 +336,7 @@ async def test_a_number_of_refusals_that_falls_is_not_told(
             looks.release()
             return next(numbers, 2)
 
-    watching = asyncio.create_task(watch_handshakes(lambda: {"router": Watched()}, IN_VAIN))  # type: ignore[dict-item]
+    watching = asyncio.create_task(watch_handshakes(lambda: {"router": Watched()}, IN_VAIN))
     async with asyncio.timeout(DEADLINE_SECONDS):
         for _ in range(5):
             await looks.acquire()
@@ -280,7 +348,7 @@ async def test_a_number_of_refusals_that_falls_is_not_told(
 async def test_refusals_are_told_in_one_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sockets, "REPORT_SECONDS", 0.001)
+    monkeypatch.setattr(handshakes, "REPORT_SECONDS", 0.001)
     caplog.set_level(logging.WARNING)
     async with open_door(tmp_path) as door:
         watching = asyncio.create_task(watch_handshakes(lambda: door.servers, REFUSED))

@@ -63,7 +63,7 @@ def test_every_message_round_trips(union: Any, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("kind", MESSAGES, ids=lambda kind: kind.__name__)
-@settings(max_examples=10)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_each_kind_round_trips_and_says_its_name(kind: type[Message], data: st.DataObject) -> None:
     message = data.draw(values_of(kind))

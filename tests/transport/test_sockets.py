@@ -12,7 +12,9 @@ import zmq
 import zmq.asyncio
 from fake_cluster import DEADLINE_SECONDS, on_event_loop
 
+from pdengine.transport.addresses import AddressError, check_address, split_tcp_address
 from pdengine.transport.messages import (
+    Cancel,
     LeasesRenewed,
     Malformed,
     PeerReply,
@@ -25,12 +27,9 @@ from pdengine.transport.sockets import (
     HIGH_WATER_MARK,
     MAX_IN_A_ROW,
     MAX_MESSAGE_BYTES,
-    AddressError,
     PeerSocket,
     SendFailed,
     ServerSocket,
-    check_address,
-    split_tcp_address,
 )
 
 LOOPBACK = "tcp://127.0.0.1:0"
@@ -171,9 +170,23 @@ async def test_malformed_frames_are_counted_and_answered() -> None:
         peer.send(ReleaseLeases([1]))
         _, message = await server.receive()
         assert message == ReleaseLeases([1])
-        assert server.num_malformed == len(frames)
+        assert server.refused_messages["malformed"] == len(frames)
         answers = [await peer.receive() for _ in frames]
         assert all(isinstance(answer, Malformed) and answer.reason for answer in answers)
+
+
+@on_event_loop
+async def test_a_message_for_somebody_else_is_counted_as_such() -> None:
+    """As when a client says what only workers may: it is told apart by what msgspec says."""
+    async with open_sockets() as sockets:
+        server = sockets.server()
+        peer = sockets.peer(server.bind(LOOPBACK))
+        peer.send(Cancel(1))
+        peer._socket.send(msgspec.msgpack.encode({"type": "Nothing", "tag": 1}))
+        peer.send(ReleaseLeases([1]))
+        assert (await server.receive())[1] == ReleaseLeases([1])
+        assert server.refused_messages == {"malformed": 1, "disallowed": 1, "revoked": 0}
+        assert "Cancel" in (await peer.receive()).reason  # type: ignore[union-attr]
 
 
 @on_event_loop

@@ -9,6 +9,7 @@ from threading import Event
 
 import click
 
+from pdengine.cli.garbage import spare_what_is_loaded
 from pdengine.cli.logs import LogFormat, LogLevel, log_options, log_to_stderr
 from pdengine.cli.options import (
     Function,
@@ -23,10 +24,10 @@ from pdengine.models.hub import resolve_model
 from pdengine.router.http.config import (
     ApiKeysError,
     HttpConfig,
-    check_exposure,
     default_model_name,
     read_api_keys,
 )
+from pdengine.transport.addresses import check_exposure, split_host_port
 from pdengine.transport.keys import PeerKeys, client_keys
 from pdengine.transport.service_manager import POLL_SECONDS, ServiceManager, Watchdog
 from pdengine.transport.sockets import raise_file_limit
@@ -81,7 +82,7 @@ def http_config(
     directory: Path,
     *,
     http_address: str,
-    router_address: str,
+    router_addresses: tuple[str, ...],
     served_model_name: str | None,
     api_keys: Path | None,
     insecure: bool,
@@ -94,10 +95,17 @@ def http_config(
         keys = read_api_keys(api_keys) if api_keys is not None else ()
     except ApiKeysError as error:
         raise click.ClickException(str(error)) from error
-    check_exposure(http_address, has_keys=bool(keys), insecure=insecure)
+    host, _ = split_host_port("HTTP address", http_address)
+    check_exposure(
+        f"HTTP address {http_address}",
+        host,
+        has_keys=bool(keys),
+        insecure=insecure,
+        keys_option="--api-keys",
+    )
     return HttpConfig(
         address=http_address,
-        router_address=router_address,
+        router_addresses=router_addresses,
         model_directory=directory,
         served_model_name=served_model_name or default_model_name(directory),
         api_keys=keys,
@@ -115,9 +123,9 @@ def http_config(
     "--router",
     "clients_address",
     envvar="PDENGINE_HTTP_ROUTER",  # PDENGINE_ROUTER is where its workers connect
-    metavar="ADDRESS",
+    metavar="ADDRESS[,ADDRESS]...",
     default=DEFAULT_ADDRESS,
-    help="Where the router takes clients.",
+    help="Where the router takes clients, or several routers, of which each request gets one.",
 )
 @http_options(default="127.0.0.1:8000")
 @seconds_option(
@@ -151,7 +159,7 @@ def http(
         settings = http_config(
             resolve_model(model, revision=revision or None),
             http_address=http_address,
-            router_address=clients_address,
+            router_addresses=tuple(clients_address.split(",")),
             served_model_name=served_model_name,
             api_keys=api_keys,
             insecure=insecure,
@@ -161,6 +169,7 @@ def http(
         )
         with HttpServer(settings, on_failure=stop.set) as server:
             logger.info("serving %s over HTTP on %s", settings.served_model_name, server.url)
+            spare_what_is_loaded()
             service.ready(f"HTTP on {server.url}")
             watchdog = Watchdog(service)
             while not stop.wait(POLL_SECONDS if service.listens else None):

@@ -104,7 +104,7 @@ def packaged_files() -> dict[str, str]:
 def running_program() -> str:
     """The absolute path of the pdengine that runs now. Raises click.UsageError if it cannot be told."""
     beside = Path(sys.executable).with_name("pdengine")  # this is python -m pdengine.cli
-    for path in (Path(sys.argv[0]).absolute(), beside, shutil.which("pdengine")):
+    for path in (os.path.abspath(sys.argv[0]), beside, shutil.which("pdengine")):
         if path and Path(path).name != "__main__.py" and os.access(path, os.X_OK) and Path(path).is_file():
             return str(path)
     raise click.UsageError("which program runs now cannot be told: give its path by --exec")
@@ -113,7 +113,7 @@ def running_program() -> str:
 def command_of(program: str) -> list[str]:
     """What starts the program. One file is run by the Python that runs now, which has torch; the first one in
     a service's PATH may not."""
-    return [sys.executable, program] if is_zipfile(program) else [program]
+    return [os.path.abspath(sys.executable), program] if is_zipfile(program) else [program]
 
 
 def _warn_if_hidden(program: str, *prefixes: str) -> None:

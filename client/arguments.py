@@ -28,6 +28,7 @@ class GenerateOptions(TypedDict, total=False):
     seed: the same seed, prompt and arguments give the same answer. None draws one.
     stop: a text, or several: an answer ends where one of them comes up, and its text ends before it.
     stop_token_ids: end an answer after any of these, besides the model's own end.
+    include_stop: the text of an answer has what ended it, a stop text or the text of a stop token, too.
     ignore_eos: do not end at the model's end-of-sequence tokens.
     min_tokens: tokens to write before anything but max_tokens may end an answer.
     presence_penalty: taken off the logit of each token that the answer has already.
@@ -52,6 +53,7 @@ class GenerateOptions(TypedDict, total=False):
     seed: int | None
     stop: str | Iterable[str]
     stop_token_ids: Iterable[int]
+    include_stop: bool
     ignore_eos: bool
     min_tokens: int
     presence_penalty: float

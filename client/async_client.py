@@ -11,11 +11,11 @@ import zmq.asyncio
 
 from pdengine.client.arguments import GenerateOptions, to_request
 from pdengine.client.async_stream import AsyncStream
-from pdengine.client.connection import Connection, Reply
+from pdengine.client.connection import Connection, Listener, Reply, RouterStalled
 from pdengine.client.results import Cancelled, Completion, GenerateError, PromptLike, RouterUnavailable
+from pdengine.transport.addresses import check_address
 from pdengine.transport.keys import KeysLike, client_keys
 from pdengine.transport.messages import Cancel, ClientToRouter, GetStatus, Status
-from pdengine.transport.sockets import check_address
 
 DEFAULT_ADDRESS = "tcp://127.0.0.1:5555"  # of a router on this machine
 CONNECT_SECONDS = 10.0
@@ -67,7 +67,7 @@ class AsyncClient:
         self._context = zmq.asyncio.Context()
         # The one that was asked last comes last: of routers with as many requests, each has its turn.
         self._connections = [
-            Connection(self._context, each, self.wake, keys=peer_keys) for each in self.addresses
+            Connection(self._context, each, self.wake, self._move, keys=peer_keys) for each in self.addresses
         ]
         self._connection_of: dict[int, Connection] = {}  # by tag
 
@@ -123,8 +123,9 @@ class AsyncClient:
             raise ValueError(f"{address} is not a router of this client, {', '.join(self.addresses)} are")
         candidates = [each for each in self._connections if address in (None, each.address)]
         await self._wait(lambda: any(each.connected for each in candidates), candidates)
-        connection = max(candidates, key=lambda each: each.connected)
-        tag, replies = self._open_at(connection)
+        connection = max(candidates, key=lambda each: (each.usable, each.connected))
+        replies: asyncio.Queue[Reply] = asyncio.Queue()
+        tag = self._open_at(connection, replies.put_nowait)
         try:
             connection.send(GetStatus(tag))
             async with asyncio.timeout(STATUS_SECONDS):
@@ -146,22 +147,26 @@ class AsyncClient:
         Raises RouterUnavailable after `connect_timeout` seconds, or `at_most`; RuntimeError if the client is
         closed, Cancelled if it is closed meanwhile.
         """
-        await self._wait(
-            lambda: unless() or any(each.usable for each in self._connections), self._connections, at_most
-        )
+        await self._wait(lambda: unless() or self.has_usable_router, self._connections, at_most)
+
+    @property
+    def has_usable_router(self) -> bool:
+        """Whether a router takes requests now."""
+        return any(each.usable for each in self._connections)
 
     def wake(self) -> None:
         self._changed.set()
         self._changed.clear()
 
-    def open(self) -> tuple[int, "asyncio.Queue[Reply]"]:
-        """A new tag, of the router that is best for it now, and the queue that gets what it says."""
+    def open(self, listener: Listener) -> int:
+        """A new tag, of the router that is best for it now. listener: is called with what that says, on the
+        loop, and may not raise."""
         best = min(
-            self._connections, key=lambda each: (not each.connected, not each.usable, len(each.replies))
+            self._connections, key=lambda each: (not each.connected, not each.usable, len(each.listeners))
         )
         self._connections.remove(best)
         self._connections.append(best)
-        return self._open_at(best)
+        return self._open_at(best, listener)
 
     def send(self, message: ClientToRouter) -> None:
         """To the router of the tag.
@@ -181,7 +186,7 @@ class AsyncClient:
     def forget(self, tag: int) -> None:
         connection = self._connection_of.pop(tag, None)
         if connection is not None:
-            connection.replies.pop(tag)
+            connection.listeners.pop(tag)
 
     def abandon(self, tag: int) -> None:
         """Cancel and forget, soon. Unlike all else here, it may be called on any thread."""
@@ -193,11 +198,16 @@ class AsyncClient:
             self.cancel(tag)
         self.forget(tag)
 
-    def _open_at(self, connection: Connection) -> tuple[int, "asyncio.Queue[Reply]"]:
+    def _move(self, stalled: Connection) -> None:
+        """Let another router have the requests of this one, if there is one."""
+        if self.has_usable_router:
+            stalled.tell_all(RouterStalled, f"the router at {stalled.address} stands still")
+
+    def _open_at(self, connection: Connection, listener: Listener) -> int:
         self._last_tag += 1
-        connection.replies[self._last_tag] = asyncio.Queue()
+        connection.listeners[self._last_tag] = listener
         self._connection_of[self._last_tag] = connection
-        return self._last_tag, connection.replies[self._last_tag]
+        return self._last_tag
 
     async def _wait(
         self, ready: Callable[[], bool], connections: Sequence[Connection], at_most: float = inf

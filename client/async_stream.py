@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from pdengine.client import connection
-from pdengine.client.connection import ConnectionLost, Reply
+from pdengine.client.connection import ConnectionLost, Reply, RouterStalled
 from pdengine.client.results import (
     Cancelled,
     Completion,
@@ -149,7 +149,8 @@ class AsyncStream:
             raise Cancelled("the stream was closed")
         if self._deadline is not None:
             timeout = self._seconds_left()
-        self._tag, self._replies = self._client.open()
+        self._replies = asyncio.Queue()
+        self._tag = self._client.open(self._replies.put_nowait)
         self._client.send(msgspec.structs.replace(self._request, tag=self._tag, timeout=timeout))
 
     async def _wait_for_router(self) -> None:
@@ -208,6 +209,8 @@ class AsyncStream:
                 raise TimedOut(f"the request did not finish within {self._request.timeout:g} s")
             case messages.Aborted():
                 raise Cancelled("the request was cancelled")
+            case RouterStalled() if self._deltas or not self._retries_left:
+                return None  # it may go on
             case GenerateError():
                 raise reply
         return None

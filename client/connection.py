@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeAlias
 
 import zmq.asyncio
@@ -13,21 +14,33 @@ from pdengine.transport.messages import ClientToRouter, RouterToClient
 from pdengine.transport.sockets import LINGER_MS, MAX_REQUEST_BYTES, PeerSocket, SendFailed
 
 INQUIRE_SECONDS = 15.0  # of silence, until a request asks whether the router still has it
+PROBE_SECONDS = 1.0  # of silence, until a router that has requests is asked whether it is there
+MAX_PROBES = 2  # without an answer, until it is taken to stand still
+NO_TAG = 0  # of no request: the router answers that it does not have it
 AVOID_SECONDS = 1.0  # a router that can serve nobody, for instance without workers, is left out for so long
 
 Reply: TypeAlias = RouterToClient | messages.Delta | GenerateError
+Listener: TypeAlias = Callable[[Reply], object]
 
 
 class ConnectionLost(RouterUnavailable):
     """The router that had the request is gone: another one, or this one when it is back, may do it."""
 
 
+class RouterStalled(ConnectionLost):
+    """The router that has the request is silent, and another one is there: that may do it, if no token has
+    come. Otherwise nothing has happened yet: the silent one may go on, or its connection be lost."""
+
+
 class Connection:
     """The connection to the router at `address`. It comes up in the background, and again when it was lost.
 
     Make it on the event loop that uses it. on_change: called when the connection comes up or goes down, and
-    when the router takes requests again. connected: whether the connection is up. replies: for each request
-    in flight, by its tag, the queue of what the router says about it. Raises AddressError.
+    when the router takes requests again. on_stall: called when the router does not answer any more, though
+    nobody has closed the connection: its host is gone, or its process is stopped. Until ZeroMQ's heartbeats
+    end the connection, after 20 s, it may go on. connected: whether the connection is up. listeners: for each
+    request in flight, by its tag, what is called with all that the router says about it; it may not raise.
+    Raises AddressError.
     """
 
     def __init__(
@@ -35,13 +48,17 @@ class Connection:
         context: zmq.asyncio.Context,
         address: str,
         on_change: Callable[[], None],
+        on_stall: Callable[["Connection"], None],
         *,
         keys: PeerKeys | None = None,
     ) -> None:
         self.address = address
         self.connected = False
-        self.replies: dict[int, asyncio.Queue[Reply]] = {}
+        self.listeners: dict[int, Listener] = {}
         self._on_change = on_change
+        self._on_stall = on_stall
+        self._heard = True  # since the last look
+        self._stalled = False
         self._avoided: asyncio.TimerHandle | None = None
         # Not `only_when_connected`: then the last words before a connection goes down are lost at times. So
         # what did not leave before reaches the next router there, and a Cancel of each lost request after it.
@@ -53,7 +70,8 @@ class Connection:
             watched=True,
             max_message_bytes=MAX_REQUEST_BYTES,
         )
-        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
+        loops = (self._receive(), self._watch(), self._probe())
+        self._tasks = [asyncio.create_task(loop) for loop in loops]
 
     @property
     def shakes_hands_in_vain(self) -> bool:
@@ -63,7 +81,7 @@ class Connection:
     @property
     def usable(self) -> bool:
         """Whether the router is there and takes requests."""
-        return self.connected and self._avoided is None
+        return self.connected and self._avoided is None and not self._stalled
 
     def send(self, message: ClientToRouter) -> None:
         """Raises ConnectionLost, or ValueError for a message that cannot be encoded or is too long."""
@@ -77,8 +95,8 @@ class Connection:
 
     def tell_all(self, kind: type[GenerateError], reason: str) -> None:
         """End all that is in flight, each request with an error of its own, because each raises it."""
-        for replies in self.replies.values():
-            replies.put_nowait(kind(reason))
+        for listener in list(self.listeners.values()):
+            listener(kind(reason))
 
     async def close(self) -> None:
         if self._avoided is not None:
@@ -105,7 +123,30 @@ class Connection:
                 self.tell_all(ConnectionLost, f"the connection to the router at {self.address} was lost")
                 self._on_change()
 
+    async def _probe(self) -> None:
+        """Find out whether the router stands still.
+
+        Turns of this loop are counted, not the time: if it is this process that stood still, the router's
+        words are there at its next turn.
+        """
+        num_probes = 0
+        while True:
+            await asyncio.sleep(PROBE_SECONDS)
+            if self._heard or not self.connected:
+                self._heard, num_probes = False, 0
+                if self._stalled:
+                    self._stalled = False
+                    self._on_change()
+            elif self.listeners or self._stalled:
+                if num_probes == MAX_PROBES and not self._stalled:
+                    self._stalled = True
+                    self._on_stall(self)
+                num_probes += 1
+                with suppress(ConnectionLost):
+                    self.send(messages.Inquire(NO_TAG))
+
     def _hear(self, message: RouterToClient) -> None:
+        self._heard = True
         match message:
             case messages.Deltas(deltas):
                 for delta in deltas:
@@ -121,8 +162,9 @@ class Connection:
 
     def _pass_on(self, tag: int, reply: Reply) -> None:
         """What is said of a tag that nobody has any more is dropped."""
-        if tag in self.replies:
-            self.replies[tag].put_nowait(reply)
+        listener = self.listeners.get(tag)
+        if listener is not None:
+            listener(reply)
 
     def _avoid(self) -> None:
         if self._avoided is None:

@@ -34,6 +34,7 @@ from pdengine.models.checkpoint import CheckpointError, JsonFields, read_json
 
 DEFAULT_TEMPLATE = "default"
 RENDER_SECONDS = 10.0  # a prompt of a million tokens takes less than one
+CONTINUE_HERE = "CONTINUE_FINAL_MESSAGE_TAG "  # transformers' own: what follows it in the prompt is cut off
 SPECIAL_TOKENS = (
     "bos_token",
     "eos_token",
@@ -58,27 +59,57 @@ class ChatTemplate:
     def __init__(self, source: str, origin: Path, special_tokens: Mapping[str, str]) -> None:
         self._origin = origin
         self._special_tokens = special_tokens
+        self._knows_developers = "'developer'" in source or '"developer"' in source
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise self._error(error, error.lineno) from error
 
-    def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """The prompt for `messages`; `add_generation_prompt` opens the assistant's answer at its end.
 
+        continue_final_message: the prompt ends with the last message, which is not closed, so that the answer
+        goes on with it. variables: more that the template may look at; those in OWN_VARIABLES are not taken
+        from there. A template that does not know the role "developer" is told "system", the older name of it.
         Raises ChatTemplateError, with the line, when the template fails or takes longer than RENDER_SECONDS.
         """
+        turns = [self._turn(message) for message in messages]
+        if continue_final_message:
+            turns[-1]["content"] += CONTINUE_HERE
+        own = {
+            "messages": turns,
+            "tools": tools,
+            "documents": documents,
+            "add_generation_prompt": add_generation_prompt,
+            **self._special_tokens,
+            _Deadline.function: _deadline(RENDER_SECONDS),
+        }
         try:
-            return self._template.render(
-                messages=[dict(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-                **{_Deadline.function: _deadline(RENDER_SECONDS)},
-            )
+            prompt = self._template.render({**(variables or {}), **own})
         except Exception as error:  # a template can fail in any way that Python can
             raise self._error(error, _template_line(error)) from error
+        return self._cut(prompt, messages[-1]["content"]) if continue_final_message else prompt
+
+    def _turn(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        is_unknown = message.get("role") == "developer" and not self._knows_developers
+        return {**message, "role": "system"} if is_unknown else dict(message)
+
+    def _cut(self, prompt: str, final: str) -> str:
+        """The prompt up to the end of the final message, as transformers cuts it."""
+        end = prompt.rfind(CONTINUE_HERE.strip())
+        if end < 0 or final.strip() not in prompt:
+            raise ChatTemplateError(f"{self._origin}: chat template does not show the final message as it is")
+        # A template that strips messages would have stripped the end of this one.
+        return prompt[:end] if prompt.startswith(CONTINUE_HERE, end) else prompt[:end].rstrip()
 
     def _error(self, error: Exception, line: int | None) -> ChatTemplateError:
         place = f" at line {line}" if line is not None else ""
@@ -236,6 +267,12 @@ class _Deadline(Extension):
                 yield Token(token.lineno, TOKEN_LPAREN, "(")
                 yield Token(token.lineno, TOKEN_RPAREN, ")")
                 yield Token(token.lineno, TOKEN_VARIABLE_END, "}}")
+
+
+OWN_VARIABLES = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", *SPECIAL_TOKENS, _Deadline.function}
+)
+"""What a template is told by `render` itself."""
 
 
 class _GenerationTag(Extension):

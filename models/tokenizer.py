@@ -70,7 +70,7 @@ class Tokenizer:
 
     def encode_chat(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         *,
         template: str = DEFAULT_TEMPLATE,
         add_generation_prompt: bool = True,
@@ -80,17 +80,19 @@ class Tokenizer:
         Only the template adds special tokens, so there is never a second BOS. Raises ChatTemplateError when
         there is no such template or it fails, ValueError for text that is not valid Unicode.
         """
+        prompt = self.chat_template(template).render(messages, add_generation_prompt=add_generation_prompt)
+        return self._encode(prompt, add_special_tokens=False)
+
+    def chat_template(self, name: str = DEFAULT_TEMPLATE) -> ChatTemplate:
+        """Raises ChatTemplateError when there is none of this name."""
         if not self._chat_templates:
             raise ChatTemplateError(
                 f"{self._name}: the model has no chat template, so it only takes plain prompts"
             )
-        if template not in self._chat_templates:
+        if name not in self._chat_templates:
             names = ", ".join(sorted(self._chat_templates))
-            raise ChatTemplateError(
-                f"{self._name}: no chat template is named {template!r}, there are {names}"
-            )
-        prompt = self._chat_templates[template].render(messages, add_generation_prompt=add_generation_prompt)
-        return self._encode(prompt, add_special_tokens=False)
+            raise ChatTemplateError(f"{self._name}: no chat template is named {name!r}, there are {names}")
+        return self._chat_templates[name]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`; ids that no token has, as in a padded vocabulary, have no text."""

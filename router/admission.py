@@ -14,6 +14,7 @@ from pdengine.transport.messages import (
     TokenPrompt,
 )
 
+CONTEXT_LIMIT = "maximum context length"  # clients look for these words to shorten a conversation
 MAX_TEXT_CHARACTERS = 4 * 2**20
 MAX_STOP_TOKENS = 1024
 MAX_STOP_STRINGS = 16
@@ -154,9 +155,14 @@ def tokenize(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
             pass
         case TextPrompt() | ChatPrompt():
             token_ids = _encode(prompt, tokenizer)
+    check_not_empty(token_ids)
+    return token_ids
+
+
+def check_not_empty(token_ids: Sequence[int]) -> None:
+    """Raise InvalidRequest for a prompt without a token."""
     if not token_ids:
         raise InvalidRequest("prompt", "prompt is empty, it must have at least one token")
-    return token_ids
 
 
 def check_prompt_ids(token_ids: Sequence[int], vocab_size: int) -> None:
@@ -168,7 +174,8 @@ def check_prompt_length(num_tokens: int, max_context: int) -> None:
     """Raise InvalidRequest for a prompt that leaves no room for an answer."""
     if num_tokens >= max_context:
         raise InvalidRequest(
-            "prompt", f"prompt has {num_tokens} tokens, the model's context is {max_context} with the answer"
+            "prompt",
+            f"prompt has {num_tokens} tokens, this model's {CONTEXT_LIMIT} is {max_context} tokens",
         )
 
 
@@ -184,18 +191,19 @@ def check_fits(num_prompt_tokens: int, sampling: SamplingParams, limits: Limits)
         raise InvalidRequest(
             "max_tokens",
             f"prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}, together {total}, "
-            f"the model's context is {limit}",
+            f"this model's {CONTEXT_LIMIT} is {limit} tokens",
         )
     if num_prompt_tokens > limits.max_prompt_tokens:
         raise InvalidRequest(
             "prompt",
-            f"prompt has {num_prompt_tokens} tokens, the largest KV cache holds {limits.max_prompt_tokens}",
+            f"prompt has {num_prompt_tokens} tokens, the {CONTEXT_LIMIT} here is what the largest KV cache "
+            f"holds: {limits.max_prompt_tokens} tokens",
         )
     if total - 1 > limits.max_answer_tokens:  # the last token is never cached
         raise InvalidRequest(
             "max_tokens",
             f"prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}, together {total}, "
-            f"the largest KV cache holds {limits.max_answer_tokens}",
+            f"the {CONTEXT_LIMIT} here is what the largest KV cache holds: {limits.max_answer_tokens} tokens",
         )
     if sampling.prompt_logprobs is None:
         return

@@ -16,11 +16,12 @@ from pdengine.transport.messages import Generate
 
 @dataclass(frozen=True)
 class Parts:
-    """prefix: None if the prefix cache shall not be used."""
+    """prefix: None if the prefix cache shall not be used. include_stop: texts have what ends them."""
 
     prompt_ids: list[int]
     prefix: PromptPrefix | None
     stops: StopStrings | None
+    include_stop: bool
 
 
 class Intake:
@@ -45,11 +46,14 @@ class Intake:
         prefix = None
         if block_size is not None and message.sampling.prompt_logprobs is None:
             prefix = name_prefix(self.model, message.cache_salt, prompt_ids, block_size)
-        return Parts(prompt_ids, prefix, StopStrings(message.stop) if message.stop else None)
+        stops = StopStrings(message.stop) if message.stop else None
+        return Parts(prompt_ids, prefix, stops, message.include_stop)
 
     def begin(self, request: Request, parts: Parts) -> None:
         """Make a request ready to be placed."""
         request.prompt_ids, request.prefix = parts.prompt_ids, parts.prefix
         for choice in request.choices:
             choice.detokenizer = IncrementalDetokenizer(self._tokenizer, request.prompt_ids)
-            choice.search = None if parts.stops is None else StopSearch(parts.stops)
+            choice.include_stop = parts.include_stop
+            if parts.stops is not None:
+                choice.search = StopSearch(parts.stops, shows_match=parts.include_stop)

@@ -32,7 +32,7 @@ class Answer:
     """One of the answers to a prompt, as far as it is written.
 
     min_tokens: no stop string counts that comes up within so many. detokenizer: set when the prompt is
-    tokenized. search: None without stop strings.
+    tokenized. search: None without stop strings. include_stop: the text has the token that stops the answer.
     """
 
     index: int
@@ -40,17 +40,20 @@ class Answer:
     output_ids: list[int] = field(default_factory=list)
     detokenizer: IncrementalDetokenizer | None = None
     search: StopSearch | None = None
+    include_stop: bool = False
     finish_reason: FinishReason | None = None
 
     def append(self, token_id: int, finish_reason: FinishReason | None) -> str:
         """Take the next token; the text that is certain with it.
 
-        The token that stops an answer is no part of its text. A stop string ends the answer, too.
+        The token that stops an answer is no part of its text, unless it shows that. A stop string ends the
+        answer, too.
         """
         assert self.detokenizer is not None
         self.output_ids.append(token_id)
         self.finish_reason = finish_reason
-        text = "" if finish_reason == "stop" else self.detokenizer.push([token_id])
+        is_hidden = finish_reason == "stop" and not self.include_stop
+        text = "" if is_hidden else self.detokenizer.push([token_id])
         if finish_reason is not None:
             text += self.detokenizer.finish()
         if self.search is None:

@@ -32,7 +32,10 @@ class Outbox:
 
     def add(self, client: bytes, delta: Delta) -> None:
         """Whoever calls this calls `flush` before it gives up control."""
-        self._waiting.setdefault(client, _Waiting()).deltas.append(delta)
+        waiting = self._waiting.get(client)
+        if waiting is None:
+            waiting = self._waiting[client] = _Waiting()
+        waiting.deltas.append(delta)
 
     def send(self, client: bytes, message: Message) -> None:
         waiting = self._waiting.get(client)

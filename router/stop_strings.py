@@ -67,11 +67,12 @@ class StopSearch:
     """The search in one text, as it is written; its cost does not grow with the text.
 
     The string that is complete first ends the text, and of those that are complete at once the longest: so it
-    does not matter in which pieces the text comes.
+    does not matter in which pieces the text comes. shows_match: the text ends after that string.
     """
 
-    def __init__(self, stops: StopStrings) -> None:
+    def __init__(self, stops: StopStrings, *, shows_match: bool = False) -> None:
         self._stops = stops
+        self._shows_match = shows_match
         self._state = 0
         self._withheld = ""
 
@@ -86,7 +87,7 @@ class StopSearch:
             state = stops.step(state, character)
             if may_stop and (length := stops.matched(state)):
                 self._withheld = ""
-                return pending[: end - length], True
+                return pending[: end if self._shows_match else end - length], True
         self._state = state
         certain = len(pending) - stops.undecided(state)
         self._withheld = pending[certain:]

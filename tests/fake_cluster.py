@@ -5,7 +5,8 @@ import contextlib
 import functools
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Generic, TypeVar
+from pathlib import Path
+from typing import Any, Generic, TypeVar, get_args
 
 import zmq.asyncio
 
@@ -15,6 +16,7 @@ from pdengine.models.fingerprint import model_fingerprint
 from pdengine.models.prefix_hashes import PrefixHashes, prefix_root
 from pdengine.router.config import RouterConfig
 from pdengine.router.router import Router
+from pdengine.transport.keys import KeyRole, PeerKeys, read_key_file
 from pdengine.transport.messages import (
     PREFIX_TAG_BYTES,
     PROTOCOL_VERSION,
@@ -71,8 +73,10 @@ def on_event_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..
 class Peer(Generic[Incoming]):
     """One end of a connection to the router; what arrives waits in `inbox` until it is expected."""
 
-    def __init__(self, context: zmq.asyncio.Context, address: str, incoming: Any) -> None:
-        self.socket = PeerSocket[Incoming](context, address, incoming)
+    def __init__(
+        self, context: zmq.asyncio.Context, address: str, incoming: Any, keys: PeerKeys | None = None
+    ) -> None:
+        self.socket = PeerSocket[Incoming](context, address, incoming, keys=keys)
         self.inbox: list[Message] = []
         self._arrived = asyncio.Condition()
         self._receiver = asyncio.create_task(self._receive())
@@ -146,8 +150,14 @@ def hello(
 class FakeWorker(Peer[RouterToWorker]):
     """A worker that computes nothing."""
 
-    def __init__(self, context: zmq.asyncio.Context, address: str, greeting: Hello) -> None:
-        super().__init__(context, address, RouterToWorker)
+    def __init__(
+        self,
+        context: zmq.asyncio.Context,
+        address: str,
+        greeting: Hello,
+        keys: PeerKeys | None = None,
+    ) -> None:
+        super().__init__(context, address, RouterToWorker, keys)
         self.hello = greeting
         self.engine_id = greeting.peer.engine_id
         self._last_lease_id = 0
@@ -255,19 +265,30 @@ def names_of(token_ids: Sequence[int], salt: str = "") -> list[bytes]:
 
 
 class FakeCluster:
-    """A running router, with a client, and the peers that a test adds."""
+    """A running router, with a client, and the peers that a test adds. keys: the directory of a cluster with
+    keys."""
 
-    def __init__(self, router: Router) -> None:
+    def __init__(self, router: Router, keys: Path | None = None) -> None:
+        self.keys = keys
         self.router = router
         self.running = asyncio.create_task(router.run())
         self.context = zmq.asyncio.Context()
-        self.client = AsyncClient(router.client_address, connect_timeout=DEADLINE_SECONDS, retries=0)
+        self.client = AsyncClient(
+            router.client_address, connect_timeout=DEADLINE_SECONDS, retries=0, keys=keys
+        )
         self.peers: list[Peer[Any]] = []
+
+    def keys_of(self, name: str) -> PeerKeys | None:
+        """Of the cluster's files of keys, if it has any."""
+        if self.keys is None:
+            return None
+        return read_key_file(self.keys / f"{name}.toml", get_args(KeyRole)).to_connect()
 
     def new_worker(self, role: Role, engine_id: str = "", **options: Any) -> FakeWorker:
         """A worker that has not said hello."""
         engine_id = engine_id or f"{role}-{len(self.peers)}"
-        worker = FakeWorker(self.context, self.router.worker_address, hello(engine_id, role, **options))
+        greeting = hello(engine_id, role, **options)
+        worker = FakeWorker(self.context, self.router.worker_address, greeting, self.keys_of("worker"))
         self.peers.append(worker)
         return worker
 
@@ -355,7 +376,7 @@ async def running_cluster(**config: Any) -> AsyncIterator[FakeCluster]:
             **options,
         )
     )
-    cluster = FakeCluster(router)
+    cluster = FakeCluster(router, options.get("keys"))
     try:
         yield cluster
         if not cluster.running.done():

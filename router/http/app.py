@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from http import HTTPMethod, HTTPStatus
 from importlib.metadata import version
 from typing import Any
+from uuid import uuid4
 
 import msgspec
 from fastapi import FastAPI
@@ -15,12 +16,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from pdengine.router.admission import check_length
+from pdengine.router.admission import InvalidRequest
 from pdengine.router.http import replies
-from pdengine.router.http.completions import chat_prompt, complete, complete_chat
-from pdengine.router.http.door import Door
-from pdengine.router.http.errors import ApiError, error_response, of_validation
+from pdengine.router.http.body import BodyLimits
+from pdengine.router.http.completions import complete, complete_chat
+from pdengine.router.http.door import Door, own_request_id
+from pdengine.router.http.errors import ApiError, error_response, of_outcome, of_validation
 from pdengine.router.http.fields import check_unknown
+from pdengine.router.http.prompts import conversation_of, encode
 from pdengine.router.http.replies import Model, ModelList, State, Text, Tokens, Version
 from pdengine.router.http.requests import (
     ChatBody,
@@ -30,8 +33,9 @@ from pdengine.router.http.requests import (
     extras,
 )
 from pdengine.router.http.service import Service
+from pdengine.transport.messages import TextPrompt
 
-BODY_ERRORS = (400, 404, 408, 413)
+BODY_ERRORS = (400, 404, 408, 413, 503)
 Responses = dict[int | str, dict[str, Any]]
 
 
@@ -44,35 +48,46 @@ def make_app(service: Service) -> ASGIApp:
     _add_probes(app, service)
     _add_errors(app)
     app.openapi = lambda: _openapi(app, has_keys=bool(service.config.api_keys))  # type: ignore[method-assign]
+    config = service.config
     return Door(
         app,
-        api_keys=service.config.api_keys,
-        max_body_bytes=service.config.max_body_bytes,
-        body_seconds=service.config.body_seconds,
+        api_keys=config.api_keys,
+        limits=BodyLimits(
+            max_bytes=config.max_body_bytes,
+            max_arriving_bytes=config.max_arriving_bytes,
+            seconds=config.body_seconds,
+            rest_seconds=config.rest_seconds,
+        ),
         metrics=service.metrics,
         endpoints={route.path for route in app.routes if hasattr(route, "path")},
     )
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
-    errors = (*BODY_ERRORS, 429, 503)
+    errors = (*BODY_ERRORS, 429)
 
     @app.post("/v1/completions", responses=_responses(replies.Completion, errors, streams=True))
-    async def completions(body: CompletionBody) -> Response:
+    async def completions(request: Request, body: CompletionBody) -> Response:
         """Continue one or several prompts."""
-        return complete(service, body)
+        return complete(service, body, _id_of(request))
 
     @app.post("/v1/chat/completions", responses=_responses(replies.ChatCompletion, errors, streams=True))
-    async def chat_completions(body: ChatBody) -> Response:
+    async def chat_completions(request: Request, body: ChatBody) -> Response:
         """Write the assistant's next message."""
-        return complete_chat(service, body)
+        return complete_chat(service, body, _id_of(request))
+
+
+def _id_of(request: Request) -> str:
+    """The client's own id for it, or a new one."""
+    own = own_request_id(request.headers.get("x-request-id", "").encode("latin-1"))
+    return uuid4().hex if own is None else own.decode()
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize", responses=_responses(Tokens, BODY_ERRORS))
     async def tokenize(body: TokenizeBody) -> Response:
         """The tokens of a text, or of messages."""
-        service.check_model(body.model)
+        service.check_model(body.model or None)
         check_unknown(extras(body), {})
         content = await service.on_thread(lambda: _tokens(service, body))
         return Response(content, media_type="application/json")
@@ -80,7 +95,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
     @app.post("/detokenize", responses=_responses(Text, BODY_ERRORS))
     async def detokenize(body: DetokenizeBody) -> Response:
         """The text of tokens, special ones included."""
-        service.check_model(body.model)
+        service.check_model(body.model or None)
         check_unknown(extras(body), {})
         text = await service.on_thread(
             lambda: service.tokenizer.decode(body.tokens, skip_special_tokens=False)
@@ -100,28 +115,13 @@ def _tokens(service: Service, body: TokenizeBody) -> bytes:
 def _token_ids(service: Service, body: TokenizeBody) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(HTTPStatus.BAD_REQUEST, "give either prompt or messages", param="prompt")
-    field = "prompt"
+    if body.prompt == "":
+        return service.tokenizer.encode("", add_special_tokens=body.add_special_tokens is not False)
+    prompt = TextPrompt(body.prompt or "") if body.messages is None else conversation_of(body.messages, body)
     try:
-        if body.prompt is not None:
-            check_length(len(body.prompt))
-            return service.tokenizer.encode(
-                body.prompt, add_special_tokens=body.add_special_tokens is not False
-            )
-        assert body.messages is not None
-        if body.add_special_tokens:
-            raise ApiError(
-                HTTPStatus.BAD_REQUEST,
-                "add_special_tokens: those of messages are in the chat template",
-                param="add_special_tokens",
-            )
-        field = "messages"
-        turns = [{"role": turn.role, "content": turn.content} for turn in chat_prompt(body.messages).messages]
-        check_length(sum(len(turn["role"]) + len(turn["content"]) for turn in turns))
-        return service.tokenizer.encode_chat(
-            turns, add_generation_prompt=body.add_generation_prompt is not False
-        )
-    except ValueError as error:  # too long, no chat template, or one that fails
-        raise ApiError(HTTPStatus.BAD_REQUEST, str(error), param=field) from error
+        return encode(prompt, service.tokenizer, add_special_tokens=body.add_special_tokens)
+    except InvalidRequest as error:
+        raise of_outcome(error, "prompt" if body.messages is None else "messages") from error
 
 
 def _add_models(app: FastAPI, service: Service) -> None:

@@ -6,23 +6,23 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from http import HTTPStatus
 from time import monotonic, time
-from uuid import uuid4
 
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from pdengine.client import GenerateError
 from pdengine.router.admission import MAX_TOKENS_OF_CHOICES
-from pdengine.router.http.answers import Answer, Answers
-from pdengine.router.http.errors import ApiError, ClientGone, error_body, of_outcome
+from pdengine.router.http.answers import Answers
+from pdengine.router.http.chunks import ChunkWriter, chunk_writer
+from pdengine.router.http.errors import LOGGED, ApiError, ClientGone, error_body, of_outcome
 from pdengine.router.http.fields import (
     NEUTRAL,
     NEUTRAL_IN_CHAT,
-    NEUTRAL_IN_MESSAGE,
     check_unknown,
 )
+from pdengine.router.http.prompts import Asked, conversation_of, prompts_of
 from pdengine.router.http.replies import Usage, total_usage
-from pdengine.router.http.requests import ChatBody, ChatMessageBody, CompletionBody, SamplingBody, extras
+from pdengine.router.http.requests import ChatBody, CompletionBody, SamplingBody, extras
 from pdengine.router.http.service import Service
 from pdengine.router.http.shapes import (
     DONE,
@@ -34,14 +34,10 @@ from pdengine.router.http.shapes import (
     error_event,
 )
 from pdengine.transport.messages import (
-    ChatMessage,
-    ChatPrompt,
     Delta,
     Generate,
-    Prompt,
     TextPrompt,
     TokenLogprobs,
-    TokenPrompt,
 )
 
 logger = logging.getLogger(__name__)
@@ -54,57 +50,52 @@ STREAM_HEADERS = (
 )
 
 
-def complete(service: Service, body: CompletionBody) -> "AnswerResponse":
+def complete(service: Service, body: CompletionBody, request_id: str) -> "AnswerResponse":
     """The response with the answers to every prompt of the body. Raises ApiError."""
-    service.check_model(body.model)
+    service.check_model(body.model or None)
     check_unknown(extras(body), NEUTRAL)
     if body.max_tokens == 0 and not body.echo:
         raise ApiError(HTTPStatus.BAD_REQUEST, "max_tokens: 0 only with echo", param="max_tokens")
     if body.max_tokens == 0 and body.min_tokens:
         raise ApiError(HTTPStatus.BAD_REQUEST, "min_tokens: more than max_tokens", param="min_tokens")
     shape = CompletionShape(
-        f"cmpl-{uuid4().hex}",
+        f"cmpl-{request_id}",
         service.model,
         int(time()),
         service.token_names,
         includes_usage=body.includes_usage,
+        counts_usage=body.counts_usage,
+        returns_token_ids=bool(body.return_token_ids),
     )
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    return AnswerResponse(service, body, _prompts(body), max_tokens, shape, "prompt")
+    return AnswerResponse(service, body, prompts_of(body), max_tokens, shape, "prompt")
 
 
-def complete_chat(service: Service, body: ChatBody) -> "AnswerResponse":
+def complete_chat(service: Service, body: ChatBody, request_id: str) -> "AnswerResponse":
     """The response with the answers to the messages of the body. Raises ApiError."""
-    service.check_model(body.model)
+    service.check_model(body.model or None)
     check_unknown(extras(body), NEUTRAL_IN_CHAT)
+    if body.tools and body.tool_choice != "none":
+        raise ApiError(
+            HTTPStatus.BAD_REQUEST,
+            'tools: calls in the answer are not recognized; tool_choice "none" only tells the model of them',
+            param="tools",
+            code="unsupported_value",
+        )
     if body.top_logprobs and not body.logprobs:
         raise ApiError(HTTPStatus.BAD_REQUEST, "top_logprobs: only with logprobs", param="top_logprobs")
     shape = ChatShape(
-        f"chatcmpl-{uuid4().hex}",
+        f"chatcmpl-{request_id}",
         service.model,
         int(time()),
         service.token_names,
         includes_usage=body.includes_usage,
+        counts_usage=body.counts_usage,
+        returns_token_ids=bool(body.return_token_ids),
     )
     max_tokens = body.max_completion_tokens or body.max_tokens
-    return AnswerResponse(service, body, [chat_prompt(body.messages)], max_tokens, shape, "messages")
-
-
-def chat_prompt(messages: Sequence[ChatMessageBody]) -> ChatPrompt:
-    """Raises ApiError for a field of a message that the prompt would not show."""
-    for index, message in enumerate(messages):
-        check_unknown(extras(message), NEUTRAL_IN_MESSAGE, where=f"messages[{index}].")
-    return ChatPrompt([ChatMessage(message.role, message.text) for message in messages])
-
-
-def _prompts(body: CompletionBody) -> list[Prompt]:
-    match body.prompt:
-        case str(text):
-            return [TextPrompt(text)]
-        case [int(), *_] as token_ids:
-            return [TokenPrompt(token_ids)]  # type: ignore[arg-type]
-        case prompts:
-            return [TextPrompt(p) if isinstance(p, str) else TokenPrompt(p) for p in prompts]  # type: ignore[arg-type]
+    prompt = conversation_of(body.messages, body)
+    return AnswerResponse(service, body, [prompt], max_tokens, shape, "messages")
 
 
 class AnswerResponse(Response):
@@ -119,7 +110,7 @@ class AnswerResponse(Response):
         self,
         service: Service,
         body: SamplingBody,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Asked],
         max_tokens: int | None,
         shape: Shape,
         prompt_field: str,
@@ -144,15 +135,17 @@ class AnswerResponse(Response):
         self._echoes: dict[int, Echo] = {}  # by prompt
         self._client_gone = False
         self._started = False  # the status has been sent
+        self._writer: ChunkWriter | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answers = Answers([])
+        scope[LOGGED] = True
+        self._writer = chunk_writer(scope)
+        service = self._service
+        answers = Answers(service.client, [], service.metrics, self._asked_at)
         try:
-            with self._service.admitted(len(self._prompts), self._n):
+            with service.admitted(len(self._prompts), self._n):
                 requests = [await self._to_generate(prompt) for prompt in self._prompts]
-                answers = Answers(
-                    [Answer(self._service.client, r, self._service.metrics, self._asked_at) for r in requests]
-                )
+                answers = Answers(service.client, requests, service.metrics, self._asked_at)
                 watcher = asyncio.create_task(self._watch(receive, answers))
                 try:
                     await self._answer(answers, send)
@@ -178,9 +171,11 @@ class AnswerResponse(Response):
             else:
                 await self._collect(batches, answers, send)
 
-    async def _to_generate(self, prompt: Prompt) -> Generate:
+    async def _to_generate(self, prompt: Asked) -> Generate:
         body, max_tokens, num_logprobs = self._body, self._max_tokens, self._logprobs_per_token
-        tokens = await self._service.to_tokens(prompt, self._prompt_field)
+        tokens = await self._service.to_tokens(
+            prompt, self._prompt_field, add_special_tokens=body.add_special_tokens
+        )
         self._prompt_ids.append(tokens.token_ids)
         if max_tokens is None:
             # If nothing is left, the router says so.
@@ -191,11 +186,12 @@ class AnswerResponse(Response):
         return Generate(
             tag=0,
             prompt=tokens,
-            sampling=body.sampling(max(1, max_tokens)),
+            sampling=body.sampling(max(1, max_tokens), self._service.sampling_defaults),
             n=self._n,
             priority=body.priority or 0,
             cache_salt=body.cache_salt or "",
             stop=body.stop_strings,
+            include_stop=bool(body.include_stop_str_in_output),
         )
 
     def _count_logprobs(self, num_tokens: int) -> None:
@@ -239,6 +235,15 @@ class AnswerResponse(Response):
     ) -> None:
         """Send the whole answer at once."""
         choices: dict[int, list[WholeAnswer]] = {}
+
+        def append_at_once(index: int, delta: Delta) -> bool:
+            if index not in choices:
+                return False
+            choices[index][delta.index].append(delta)
+            return True
+
+        if self._shows_answers:
+            answers.take_at_once = append_at_once
         async for index, deltas in batches:
             if index not in choices:
                 echo, prompt_ids = self._echoes.get(index), self._prompt_ids[index]
@@ -259,9 +264,18 @@ class AnswerResponse(Response):
     async def _stream(
         self, batches: AsyncGenerator[tuple[int, list[Delta]]], answers: Answers, send: Send
     ) -> None:
-        """Send tokens as they come; those that came together share a write."""
-        shape, n = self._shape, self._n
+        """Send tokens as they come; what gathered while the client did not read shares a write."""
+        shape, n, writer = self._shape, self._n, self._writer
         opened: set[int] = set()
+
+        def write_at_once(index: int, delta: Delta) -> bool:
+            if writer is None or index not in opened or not writer.is_ready:
+                return False
+            writer.write(shape.event(index * n + delta.index, delta))
+            return True
+
+        if self._shows_answers:
+            answers.take_at_once = write_at_once
         try:
             async for index, deltas in batches:
                 events = []
@@ -272,6 +286,8 @@ class AnswerResponse(Response):
                 if not self._started:
                     self._started = True
                     await send(self._start(STREAM_HEADERS))
+                elif writer is not None:
+                    writer.flush()
                 await send({"type": "http.response.body", "body": b"".join(events), "more_body": True})
         except GenerateError as error:
             if not self._started or self._client_gone:
@@ -312,7 +328,7 @@ class AnswerResponse(Response):
                 "outcome": outcome,
                 **({"reason": reason} if reason else {}),
                 "prompt_tokens": usage.prompt_tokens,
-                "cached_tokens": usage.prompt_tokens_details.cached_tokens,
+                "cached_tokens": sum(usage.cached_tokens for usage in answers.usages),
                 "output_tokens": usage.completion_tokens,
                 "seconds": round(monotonic() - self._asked_at, 3),
             },

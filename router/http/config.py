@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from pdengine.transport.addresses import split_tcp_address
 from pdengine.transport.keys import PeerKeys
-from pdengine.transport.sockets import AddressError, InsecureAddress, is_loopback, split_tcp_address
 
 
 class ApiKeysError(ValueError):
@@ -13,53 +13,35 @@ class ApiKeysError(ValueError):
 
 @dataclass(frozen=True)
 class HttpConfig:
-    """address: HOST:PORT to listen on; port 0 is any free one. router_address: where the router takes
-    clients. model_directory: the router's checkpoint. served_model_name: what requests call it. api_keys: any
-    of them opens all endpoints but /live and /ready, which need none; empty: none is needed anywhere.
+    """address: HOST:PORT to listen on; port 0 is any free one. router_addresses: where
+    routers take clients; each request goes to one of them. model_directory: their checkpoint.
+    served_model_name: what requests call it. api_keys: any of them opens all endpoints but /live and /ready,
+    which need none; empty: none is needed anywhere.
 
-    max_body_bytes, max_prompts: of one request. max_in_flight: answers, n for each prompt, of all requests
-    that are served at once; more get 429. head_seconds, body_seconds: for a request to arrive.
-    write_seconds: a client that reads nothing for so long is disconnected. drain_seconds: what `close` leaves
-    to requests in flight. connect_seconds: for the router to answer. router_keys: for a router that
-    asks for keys.
+    max_body_bytes, max_prompts: of one request. max_arriving_bytes: in memory of all large bodies that are
+    on their way; more get 503. max_in_flight: answers, n for each prompt, of all requests that are served at
+    once; more get 429. head_seconds, body_seconds: for a request to arrive. rest_seconds: for what is left of
+    a body when its request has been answered without it; then the connection is closed. write_seconds: a
+    client that reads nothing for so long is disconnected. drain_seconds: what `close` leaves to requests in
+    flight. connect_seconds: for the router to answer. router_keys: for a router that asks for keys.
     """
 
     address: str
-    router_address: str
+    router_addresses: tuple[str, ...]
     model_directory: Path
     served_model_name: str
     api_keys: tuple[str, ...] = ()
     max_body_bytes: int = 16 * 2**20
+    max_arriving_bytes: int = 512 * 2**20
     max_prompts: int = 128
     max_in_flight: int = 1024
     head_seconds: float = 10.0
     body_seconds: float = 60.0
+    rest_seconds: float = 5.0
     write_seconds: float = 60.0
     drain_seconds: float = 30.0
     connect_seconds: float = 5.0
     router_keys: PeerKeys | None = None
-
-
-def split_http_address(address: str) -> tuple[str, int]:
-    """`HOST:PORT`, or `PORT` on loopback -> (HOST, PORT). Port 0 is any free one. Raises AddressError."""
-    host, separator, port = address.rpartition(":")
-    try:
-        host, number = split_tcp_address(f"tcp://{host if separator else '127.0.0.1'}:{port}")
-    except AddressError as error:
-        reason = "must be HOST:PORT or PORT, and the port a number from 0 to 65535"
-        raise AddressError(f"HTTP address {address!r} {reason}") from error
-    return host.removeprefix("[").removesuffix("]"), number
-
-
-def check_exposure(address: str, *, has_keys: bool, insecure: bool) -> None:
-    """Raise InsecureAddress if other hosts could reach `address` and no key is asked for."""
-    host, _ = split_http_address(address)
-    if has_keys or insecure or is_loopback(host):
-        return
-    raise InsecureAddress(
-        f"HTTP address {address} can be reached from other hosts, and no key is asked for: give --api-keys, "
-        f"or --insecure if the network is trusted"
-    )
 
 
 def read_api_keys(path: Path) -> tuple[str, ...]:

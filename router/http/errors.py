@@ -9,10 +9,11 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from pdengine.client import Failed, GenerateError, Rejected, RouterUnavailable
-from pdengine.router.admission import InvalidRequest
+from pdengine.router.admission import CONTEXT_LIMIT, InvalidRequest
 from pdengine.router.http.replies import ErrorBody, ErrorReply
 
 RETRY_SECONDS = 1
+LOGGED = "pdengine.logged"  # in the scope of a request whose line in the log another one writes
 CLIENT_CLOSED_REQUEST = 499  # nginx's number for it; no client ever sees it
 
 
@@ -57,7 +58,8 @@ def of_outcome(error: GenerateError | InvalidRequest, prompt_field: str) -> ApiE
         case Rejected(field=field) | InvalidRequest(field=field):
             params = {"prompt": prompt_field, "prompt_logprobs": "logprobs"}
             param = field and params.get(field, field)
-            return ApiError(HTTPStatus.BAD_REQUEST, str(error), param=param)
+            code = "context_length_exceeded" if CONTEXT_LIMIT in str(error) else None
+            return ApiError(HTTPStatus.BAD_REQUEST, str(error), param=param, code=code)
         case RouterUnavailable() | Failed():
             return unavailable(str(error))
     return unavailable(f"the request was not finished: {error}")

@@ -13,7 +13,9 @@ IGNORED = frozenset(
     {
         "early_stopping",  # of beam search
         "length_penalty",  # of beam search
+        "media_io_kwargs",  # without images and sounds
         "metadata",
+        "mm_processor_kwargs",  # without images and sounds
         "parallel_tool_calls",  # without tools there are none
         "prediction",
         "prompt_cache_key",
@@ -22,43 +24,63 @@ IGNORED = frozenset(
         "request_id",
         "safety_identifier",
         "service_tier",
+        "session_id",
         "spaces_between_special_tokens",
         "store",
+        "stream_interval",
         "user",
     }
 )
 
 # Fields and the values with which they ask for what is done anyway. Null is one for every field.
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "add_generation_prompt": (True,),
-    "add_special_tokens": (True,),
     "bad_words": ([],),
     "best_of": (1,),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-    "documents": ([],),
     "function_call": ("none", "auto"),
+    "detokenize": (True,),
     "functions": ([],),
-    "include_stop_str_in_output": (False,),
+    "include_reasoning": (True,),
     "logits_processors": ([],),
     "modalities": (["text"],),
     "response_format": ({"type": "text"},),
-    "return_token_ids": (False,),
+    "return_token_offsets": (False,),
     "return_tokens_as_token_ids": (False,),
     "skip_special_tokens": (True,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "use_beam_search": (False,),
+    "verbosity": ("medium",),
+    "vllm_xargs": ({},),
+    "watermarking": (False,),
 }
 NEUTRAL_IN_CHAT: Mapping[str, tuple[object, ...]] = {
     **NEUTRAL,
-    "add_special_tokens": (False,),  # the chat template has them
     "echo": (False,),
 }
 # Of a message, so that what the server answered can be sent back as part of the next prompt.
-NEUTRAL_IN_MESSAGE: Mapping[str, tuple[object, ...]] = {"annotations": ([],), "tool_calls": ([],)}
-OF_LOGPROBS = frozenset({"prompt_logprobs", "top_logprobs"})
+NEUTRAL_IN_MESSAGE: Mapping[str, tuple[object, ...]] = {"annotations": ([],)}
+# Only null asks for what is done anyway.
+UNSUPPORTED = frozenset(
+    {
+        "allowed_token_ids",
+        "audio",
+        "chat_template",
+        "guided_choice",
+        "guided_grammar",
+        "guided_json",
+        "guided_regex",
+        "kv_transfer_params",
+        "logprob_token_ids",
+        "prompt_logprobs",
+        "repetition_detection",
+        "structured_outputs",
+        "thinking_token_budget",
+        "top_logprobs",
+        "truncate_prompt_tokens",
+        "web_search_options",
+    }
+)
 
 
 def check_unknown(
@@ -73,7 +95,7 @@ def check_unknown(
             continue
         if any(_equal(value, harmless) for harmless in neutral.get(name, ())):
             continue
-        known = name in neutral or name in OF_LOGPROBS
+        known = name in neutral or name in UNSUPPORTED
         reason = "this value is not supported" if known else "there is no such field"
         raise ApiError(
             HTTPStatus.BAD_REQUEST,

@@ -5,7 +5,7 @@ no number. Null is the default of every field that has one. Lists are checked to
 wrong: an error for each of a million entries would take gigabytes.
 """
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from annotated_types import Ge, Gt, Le, Len, Lt
 from pydantic import (
@@ -17,8 +17,11 @@ from pydantic import (
     Field,
     StringConstraints,
     Tag,
+    model_validator,
 )
 
+from pdengine.models.chat_template import OWN_VARIABLES
+from pdengine.models.generation_config import SamplingDefaults
 from pdengine.router.admission import (
     MAX_BIASED_TOKENS,
     MAX_CHOICES,
@@ -92,14 +95,25 @@ LogitBias: TypeAlias = Annotated[
 StopString: TypeAlias = Annotated[Text, Len(1, MAX_STOP_CHARACTERS)]
 
 
+AddSpecialTokens: TypeAlias = Annotated[
+    bool | None,
+    Field(description="By default those of a prompt are added; those of messages are in the template."),
+]
+
+
 class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
 
+OF_CHECKPOINT: Any = Field(None, description="By default what the checkpoint asks for.")
+
+
 class StreamOptions(Body):
-    """include_usage: one more chunk at the end, with the usage of the whole request."""
+    """include_usage: one more chunk at the end, with the usage of the whole request. continuous_usage_stats:
+    with include_usage, in every other chunk that of its choice so far."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class SamplingBody(Body):
@@ -107,10 +121,12 @@ class SamplingBody(Body):
 
     model: Text | None = None
     n: Annotated[int, Ge(1), Le(MAX_CHOICES)] | None = 1
-    temperature: Annotated[Number, Ge(0)] | None = 1.0
-    top_p: Annotated[Number, Gt(0), Le(1)] | None = 1.0
-    top_k: Annotated[int, Ge(-1), Lt(2**31)] | None = Field(0, description="0 or -1: all tokens.")
-    min_p: Annotated[Number, Ge(0), Le(1)] | None = 0.0
+    temperature: Annotated[Number, Ge(0)] | None = OF_CHECKPOINT
+    top_p: Annotated[Number, Gt(0), Le(1)] | None = OF_CHECKPOINT
+    top_k: Annotated[int, Ge(-1), Lt(2**31)] | None = Field(
+        None, description="0 or -1: all tokens. By default what the checkpoint asks for."
+    )
+    min_p: Annotated[Number, Ge(0), Le(1)] | None = OF_CHECKPOINT
     seed: Annotated[int, Ge(-(2**63)), Lt(2**63)] | None = None
     stop_token_ids: Annotated[list[TokenId], FAIL_FAST, Len(0, MAX_STOP_TOKENS)] | None = None
     stop: (
@@ -118,12 +134,19 @@ class SamplingBody(Body):
         | Annotated[list[StopString], FAIL_FAST, Len(0, MAX_STOP_STRINGS)]
         | None
     ) = Field(None, description=f"{MAX_STOP_CHARACTERS} characters at most, in all.")
+    include_stop_str_in_output: bool | None = Field(
+        False, description="The text has the stop string, or the stop token, that ended it."
+    )
     min_tokens: Annotated[int, Ge(0), Lt(2**31)] | None = 0
     ignore_eos: bool | None = False
     presence_penalty: Penalty | None = 0.0
     frequency_penalty: Penalty | None = 0.0
-    repetition_penalty: Annotated[Number, Ge(REPETITION_PENALTY[0]), Le(REPETITION_PENALTY[1])] | None = 1.0
+    repetition_penalty: Annotated[Number, Ge(REPETITION_PENALTY[0]), Le(REPETITION_PENALTY[1])] | None = (
+        OF_CHECKPOINT
+    )
     logit_bias: LogitBias | None = Field(None, description="Token ids to what is added to their logits.")
+    add_special_tokens: AddSpecialTokens = None
+    return_token_ids: bool | None = False
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: Text | None = Field(None, description="Ignored.")
@@ -132,21 +155,24 @@ class SamplingBody(Body):
         None, description="The KV cache of the prompt is shared with requests of the same salt only."
     )
 
-    def sampling(self, max_tokens: int) -> SamplingParams:
+    def sampling(self, max_tokens: int, defaults: SamplingDefaults) -> SamplingParams:
         """As the router takes it."""
+        top_k = defaults.top_k if self.top_k is None else self.top_k
         return SamplingParams(
             max_tokens=max_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            min_p=self.min_p or 0.0,
-            top_k=max(self.top_k or 0, 0),
-            top_p=1.0 if self.top_p is None else self.top_p,
+            temperature=defaults.temperature if self.temperature is None else self.temperature,
+            min_p=defaults.min_p if self.min_p is None else self.min_p,
+            top_k=max(top_k, 0),
+            top_p=defaults.top_p if self.top_p is None else self.top_p,
             seed=self.seed,
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
             min_tokens=self.min_tokens or 0,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
-            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            repetition_penalty=(
+                defaults.repetition_penalty if self.repetition_penalty is None else self.repetition_penalty
+            ),
             logit_bias={int(token_id): bias for token_id, bias in (self.logit_bias or {}).items()},
             logprobs=self.num_logprobs,
             prompt_logprobs=self.num_logprobs if self.echoes else None,
@@ -170,6 +196,12 @@ class SamplingBody(Body):
     @property
     def includes_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def counts_usage(self) -> bool:
+        """In every chunk, not only at the end."""
+        options = self.stream_options
+        return self.includes_usage and options is not None and bool(options.continuous_usage_stats)
 
 
 MaxTokens: TypeAlias = Annotated[int, Ge(1), Lt(2**31)]
@@ -195,25 +227,91 @@ class TextPart(Body):
     text: Text
 
 
+class FunctionCall(Body):
+    """arguments: a JSON object, as text."""
+
+    name: Text
+    arguments: Text
+
+
+class ToolCall(Body):
+    type: Literal["function"] = "function"
+    function: FunctionCall
+    id: Text | None = None
+
+
 class ChatMessageBody(Body):
-    """content: several parts are joined by line ends."""
+    """content: several parts are joined by line ends. Only the assistant's may be null."""
 
     role: Text
-    content: Text | Annotated[list[TextPart], FAIL_FAST]
+    content: Text | Annotated[list[TextPart], FAIL_FAST] | None = None
+    name: Text | None = None
+    tool_calls: Annotated[list[ToolCall], FAIL_FAST] | None = None
+    tool_call_id: Text | None = Field(None, description="Of a tool's message: which call it answers.")
+    reasoning: Text | None = None
+    reasoning_content: Text | None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise ValueError("content is required: only that of the assistant may be null")
+        return self
 
     @property
     def text(self) -> str:
-        if isinstance(self.content, str):
-            return self.content
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
         return "\n".join(part.text for part in self.content)
 
 
-class ChatBody(SamplingBody):
+def _no_own_variables(variables: dict[str, Any]) -> dict[str, Any]:
+    for name in variables:
+        if name in OWN_VARIABLES:
+            raise ValueError(f"{name!r} is not for clients to set here")
+    return variables
+
+
+class TemplateBody(Body):
+    """How the chat template shows the messages."""
+
+    add_generation_prompt: bool | None = Field(
+        None, description="Open the assistant's answer at the end; by default, unless a message is continued."
+    )
+    continue_final_message: bool | None = Field(
+        False, description="The prompt ends within the last message, which the answer continues."
+    )
+    add_special_tokens: AddSpecialTokens = None
+    chat_template_kwargs: Annotated[dict[Text, Any], AfterValidator(_no_own_variables)] | None = Field(
+        None, description="Variables of the template."
+    )
+    documents: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
+        None, description="A variable of the template; it sets enable_thinking, too."
+    )
+
+    @property
+    def opens_answer(self) -> bool:
+        if self.add_generation_prompt is None:
+            return not self.continue_final_message
+        return self.add_generation_prompt
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        effort = self.reasoning_effort
+        of_effort = (
+            {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+        )
+        return {**of_effort, **(self.chat_template_kwargs or {})}
+
+
+class ChatBody(SamplingBody, TemplateBody):
     messages: Annotated[list[ChatMessageBody], FAIL_FAST, Len(1)]
     max_tokens: MaxTokens | None = Field(None, description="By default what is left of the context.")
     max_completion_tokens: MaxTokens | None = Field(
         None, description="The newer name of max_tokens, which it precedes."
     )
+    tool_choice: Literal["none", "auto"] | None = Field(None, description="With tools: only none.")
     logprobs: bool | None = False
     top_logprobs: NumLogprobs | None = Field(None, description="Only with logprobs.")
 
@@ -222,18 +320,12 @@ class ChatBody(SamplingBody):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-class TokenizeBody(Body):
+class TokenizeBody(TemplateBody):
     """Either a prompt or messages."""
 
     model: Text | None = None
     prompt: Text | None = None
     messages: Annotated[list[ChatMessageBody], FAIL_FAST, Len(1)] | None = None
-    add_special_tokens: bool | None = Field(
-        None, description="By default those of a prompt are added; those of messages are in the template."
-    )
-    add_generation_prompt: bool | None = Field(
-        True, description="Of messages: open the assistant's answer at the end."
-    )
     return_token_strs: bool | None = Field(False, description="Also how the vocabulary spells the tokens.")
 
 

@@ -13,14 +13,17 @@ from time import monotonic
 from types import TracebackType
 from typing import Self
 
+import httptools
 import uvicorn
 import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from pdengine.router.http.app import make_app
-from pdengine.router.http.config import HttpConfig, split_http_address
+from pdengine.router.http.chunks import ChunkWriter, offer_chunks
+from pdengine.router.http.config import HttpConfig
 from pdengine.router.http.service import Service
-from pdengine.transport.sockets import AddressError
+from pdengine.transport.addresses import AddressError, split_host_port
+from pdengine.transport.bounded_log import BoundedLog
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +44,7 @@ class HttpServer:
     def __init__(self, config: HttpConfig, on_failure: Callable[[], None] = lambda: None) -> None:
         self._config = config
         self._on_failure = on_failure
-        host, port = split_http_address(config.address)
+        host, port = split_host_port("HTTP address", config.address)
         self._socket = _listen(config.address, host, port, config.write_seconds)
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self._socket.getsockname()[1]}"
@@ -142,14 +145,16 @@ class _Server(uvicorn.Server):
 
 def _protocol(head_seconds: float) -> type[HttpToolsProtocol]:
     """uvicorn's protocol, with limits of time and of size that it lacks: for the head of a request, for what
-    is in a body but no part of it (trailers), and for a body that is still to come after the response. And a
-    client that sends several requests at once and leaves ends the one that is being answered.
+    is in a body but no part of it (trailers), and for a body that is not complete when its response is. A
+    client that sends several requests at once and leaves ends the one that is being answered. What is no HTTP
+    is told in a line every few seconds, not in one each.
     """
+    refused = BoundedLog(logger)
+    unflushed: list[ChunkWriter] = []
 
     class Protocol(HttpToolsProtocol):
         _head_bytes = 0  # or of trailers and chunk extensions, since the body last went on
         _head_deadline: asyncio.TimerHandle | None = None
-        _rest_deadline: asyncio.TimerHandle | None = None
         _answered: RequestResponseCycle | None = None  # now; `cycle` is the one that came last
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -158,20 +163,26 @@ def _protocol(head_seconds: float) -> type[HttpToolsProtocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._end_head()
-            self._end_rest()
             if self._answered is not None and not self._answered.response_complete:
                 self._answered.disconnected = True
                 self._answered.message_event.set()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
+            self._unset_keepalive_if_required()
             self._head_bytes += len(data)
-            super().data_received(data)
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade:
+                pass  # to a protocol that is not spoken here: the request is answered as it is
+            except httptools.HttpParserError as error:
+                self._refuse(f"this is no HTTP: {error}")
+                return
             # Of the bytes since the head began, those that came with its end may be of the body.
             if self._head_bytes <= MAX_HEAD_BYTES:
                 return
             if self._head_deadline is not None:
-                self.send_400_response(f"The head of a request may have {MAX_HEAD_BYTES} bytes.")
+                self._refuse(f"the head of a request may have {MAX_HEAD_BYTES} bytes")
             elif self.cycle is not None and self.cycle.more_body:
                 self.transport.close()  # the parser would keep one long trailer whole
 
@@ -187,6 +198,7 @@ def _protocol(head_seconds: float) -> type[HttpToolsProtocol]:
         def on_headers_complete(self) -> None:
             self._end_head()
             super().on_headers_complete()
+            offer_chunks(self.cycle, unflushed)
             if not self.pipeline:
                 self._answered = self.cycle
             elif len(self.pipeline) <= MAX_PIPELINED:
@@ -196,19 +208,18 @@ def _protocol(head_seconds: float) -> type[HttpToolsProtocol]:
             self._head_bytes = 0
             super().on_body(body)
 
-        def on_message_complete(self) -> None:
-            self._end_rest()
-            super().on_message_complete()
-
         def on_response_complete(self) -> None:
             is_last = not self.pipeline  # pipelined requests follow a complete one
             if self.pipeline:
                 self._answered, _ = self.pipeline[-1]
             super().on_response_complete()
-            # Not at once: closing while bytes arrive resets the connection, and the client, which may be
-            # sending a small body still, would not see why it was refused.
-            if is_last and self.cycle.more_body and not self.transport.is_closing():
-                self._rest_deadline = self.loop.call_later(head_seconds, self.transport.close)
+            if is_last and self.cycle.more_body:
+                self.transport.close()  # the body has had its time
+
+        def _refuse(self, reason: str) -> None:
+            host, *_ = self.client or ("nobody",)
+            refused.warning("a client at %s is disconnected: %s", host, reason)
+            self.send_400_response(reason)
 
         def _expect_head(self) -> None:
             self._head_bytes = 0
@@ -219,11 +230,6 @@ def _protocol(head_seconds: float) -> type[HttpToolsProtocol]:
                 self._head_deadline.cancel()
                 self._head_deadline = None
             self._head_bytes = 0
-
-        def _end_rest(self) -> None:
-            if self._rest_deadline is not None:
-                self._rest_deadline.cancel()
-                self._rest_deadline = None
 
     return Protocol
 

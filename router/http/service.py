@@ -11,13 +11,15 @@ from typing import TypeVar
 
 from pdengine.client import AsyncClient, GenerateError, RouterUnavailable
 from pdengine.models.config import load_config
+from pdengine.models.generation_config import load_sampling_defaults
 from pdengine.models.tokenizer import Tokenizer
-from pdengine.router.admission import InvalidRequest, check_prompt_length, tokenize
+from pdengine.router.admission import InvalidRequest, check_prompt_length
 from pdengine.router.http.config import HttpConfig
 from pdengine.router.http.errors import RETRY_SECONDS, ApiError, of_outcome, unavailable
 from pdengine.router.http.logprobs import TokenNames
 from pdengine.router.http.metrics import HttpMetrics
-from pdengine.transport.messages import Prompt, Status, TokenPrompt
+from pdengine.router.http.prompts import Asked, encode
+from pdengine.transport.messages import Status, TokenPrompt
 
 TOKENIZER_THREADS = 4
 STATUS_SECONDS = 2.0  # for the router to say how it is
@@ -35,11 +37,12 @@ class Service:
         self.created = int(time())
         self.metrics = HttpMetrics()
         self.tokenizer = Tokenizer.load(config.model_directory)
+        self.sampling_defaults = load_sampling_defaults(config.model_directory)
         self.token_names = TokenNames(self.tokenizer)
         self.max_model_len = load_config(config.model_directory).max_position_embeddings
         self._threads = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="http-tokenizer")
         self.client = AsyncClient(
-            config.router_address, keys=config.router_keys, connect_timeout=config.connect_seconds
+            config.router_addresses, keys=config.router_keys, connect_timeout=config.connect_seconds
         )
         self._num_answers = 0
         self._asking = asyncio.Lock()
@@ -92,11 +95,19 @@ class Service:
         finally:
             self._num_answers -= num_answers
 
-    async def to_tokens(self, prompt: Prompt, field: str) -> TokenPrompt:
-        """Tokenize here and not in the router: there may be several of these processes. Raises ApiError."""
+    async def to_tokens(
+        self, prompt: Asked, field: str, *, add_special_tokens: bool | None = None
+    ) -> TokenPrompt:
+        """Tokenize here and not in the router: there may be several of these processes. Raises ApiError.
+
+        field: what the client calls the prompt. add_special_tokens: None is what is right for this kind.
+        """
         try:
             if not isinstance(prompt, TokenPrompt):
-                prompt = TokenPrompt(await self.on_thread(lambda: tokenize(prompt, self.tokenizer)))
+                token_ids = await self.on_thread(
+                    lambda: encode(prompt, self.tokenizer, add_special_tokens=add_special_tokens)
+                )
+                prompt = TokenPrompt(token_ids)
             # What is far too long the router would take for no message at all, and not say whose it was.
             check_prompt_length(len(prompt.token_ids), self.max_model_len)
         except InvalidRequest as error:
@@ -115,7 +126,7 @@ class Service:
                     async with asyncio.timeout(STATUS_SECONDS):
                         self._status = await self.client.status()
                 except (TimeoutError, RouterUnavailable):
-                    self._status = f"the router at {self.config.router_address} does not answer"
+                    self._status = f"no router answers at {', '.join(self.config.router_addresses)}"
                 except GenerateError as error:
                     self._status = str(error)
                 self._asked_at = monotonic()

@@ -10,14 +10,17 @@ import zmq.asyncio
 from fake_cluster import DEADLINE_SECONDS
 
 from pdengine.client import AsyncClient
+from pdengine.client.connection import NO_TAG
 from pdengine.transport.messages import (
     Accepted,
     ClientToRouter,
     Delta,
     Deltas,
+    Failed,
     Finished,
     Generate,
     GetStatus,
+    Inquire,
     Message,
     PromptLogprobs,
     Status,
@@ -30,10 +33,12 @@ Kind = TypeVar("Kind", bound=Message)
 
 
 class ScriptedRouter:
-    """Make it on the loop that uses it. received: what clients sent and no `expect` took, in order."""
+    """Make it on the loop that uses it. received: what clients sent and no `expect` took, in order. stalled:
+    whether it says nothing when it is asked whether it is there."""
 
     def __init__(self, address: str = "tcp://127.0.0.1:0") -> None:
         self.received: list[ClientToRouter] = []
+        self.stalled = False
         self._identity = b""
         self._arrived = asyncio.Event()
         self._context = zmq.asyncio.Context()
@@ -46,6 +51,9 @@ class ScriptedRouter:
             self._identity, message = await self._socket.receive()
             if isinstance(message, GetStatus):
                 self.send(Status(message.tag, self.address, [], 0))
+            elif message == Inquire(NO_TAG):
+                if not self.stalled:
+                    self.send(Failed(NO_TAG, "there is no such request"))
             else:
                 self.received.append(message)
                 self._arrived.set()

@@ -26,6 +26,7 @@ from pdengine.client import (
 from pdengine.client import Choice as ClientChoice
 from pdengine.client.arguments import check_types, to_prompt
 from pdengine.models.prefix_hashes import prefix_root
+from pdengine.transport.addresses import AddressError
 from pdengine.transport.messages import (
     Abort,
     ChatMessage,
@@ -39,7 +40,6 @@ from pdengine.transport.messages import (
     Usage,
     WorkFailed,
 )
-from pdengine.transport.sockets import AddressError
 
 THE, RED, VIOLIN = 559, 383, 512
 HELD_PROMPT = [THE, RED, HOLD]  # answered with two tokens, and no end

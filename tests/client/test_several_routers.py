@@ -244,6 +244,59 @@ async def test_a_router_without_workers_leaves_its_requests_to_another() -> None
                 assert (await soon(task)).token_ids == [7]
 
 
+@on_event_loop
+async def test_a_router_that_stands_still_keeps_only_what_it_has_begun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody has closed the connection, and it may go on."""
+    monkeypatch.setattr("pdengine.client.connection.PROBE_SECONDS", 0.01)
+    async with routers_and_client(2) as (routers, client):
+        stream, first = await begin(client)
+        begun = await routers[0].expect(Generate)
+        routers[0].write(begun.tag, 1)
+        assert (await soon(first)).token_ids == [1]
+        connection = client._connection_of[begun.tag]
+        others = [asyncio.create_task(client.generate([7])) for _ in range(2)]
+        await routers[1].answer(2)
+        await routers[0].expect(Generate)
+        routers[0].stalled = True
+        await routers[1].answer(3)
+        assert sorted([(await soon(task)).token_ids for task in others]) == [[2], [3]]
+        for _ in range(3):
+            await asyncio.gather(client.generate([7]), routers[1].answer(4))
+        assert not connection.usable
+        routers[0].stalled = False
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while not connection.usable:
+                await client._changed.wait()
+        routers[0].write(begun.tag, 5)
+        routers[0].finish(begun.tag)
+        assert [delta.token_ids async for delta in stream] == [[5]]
+        await routers[0].expect(Cancel)
+        tasks = [asyncio.create_task(client.generate([7])) for _ in range(2)]
+        await asyncio.gather(routers[0].answer(6), routers[1].answer(6), *tasks)
+
+
+@pytest.mark.parametrize(("number", "retries"), [(1, 3), (2, 0)])
+@on_event_loop
+async def test_who_cannot_go_elsewhere_waits_for_a_router_that_stands_still(
+    number: int, retries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pdengine.client.connection.PROBE_SECONDS", 0.01)
+    async with routers_and_client(number, retries=retries) as (routers, client):
+        task = asyncio.create_task(client.generate([7]))
+        request = await routers[0].expect(Generate)
+        connection = client._connection_of[request.tag]
+        routers[0].stalled = True
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while connection.usable:
+                await asyncio.sleep(0.001)
+        routers[0].write(request.tag, 1)
+        routers[0].finish(request.tag)
+        assert (await soon(task)).token_ids == [1]
+        assert all(router.received == [] for router in routers)
+
+
 @pytest.mark.parametrize("retries", [0, 2])
 @on_event_loop
 async def test_retries_have_a_bound(monkeypatch: pytest.MonkeyPatch, retries: int) -> None:

@@ -74,6 +74,69 @@ def test_real_templates_render_as_in_transformers(directory, template):
     assert len(lengths) > 2, "every conversation renders alike: the test compares nothing"
 
 
+CALL = {"id": "c1", "type": "function", "function": {"name": "weigh", "arguments": {"animal": "cat"}}}
+CALLS = [
+    USER,
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "c1", "name": "weigh", "content": "42"},
+]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weigh",
+            "description": "its <weight>",
+            "parameters": {"type": "object", "properties": {"animal": {"type": "string"}}},
+        },
+    }
+]
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
+def test_what_else_templates_take_they_take_as_in_transformers(directory, template):
+    """Tools and calls of them, an answer to be continued, and variables of the template's own."""
+    (directory / "chat_template.jinja").write_text(template.read_text())
+    reference = transformers.AutoTokenizer.from_pretrained(directory)
+    ours = load_chat_templates(directory)["default"]
+    open_answer = {"role": "assistant", "content": " it's\n a cat: "}
+    for messages, options, variables in (
+        ([USER], {"tools": TOOLS}, {}),
+        (CALLS, {"tools": TOOLS}, {}),
+        (CALLS, {}, {}),
+        ([USER, open_answer], {"continue_final_message": True}, {}),
+        ([USER, ASSISTANT], {"continue_final_message": True}, {}),
+        ([USER], {"documents": [{"title": "a", "text": "b"}]}, {"enable_thinking": False, "unheard_of": 1}),
+    ):
+        options = {"add_generation_prompt": False, **options}
+        if template.stem == "macros" and "continue_final_message" in options:
+            continue  # it shows messages in capitals
+        expected = rendered(
+            lambda: reference.apply_chat_template(messages, tokenize=False, **options, **variables)  # noqa: B023
+        )
+        assert rendered(lambda: ours.render(messages, **options, variables=variables)) == expected  # noqa: B023
+
+
+def test_a_final_message_that_is_not_shown_cannot_be_continued(directory):
+    template = ChatTemplate("{% for m in messages %}{{ m.content | upper }}{% endfor %}", Path("t"), {})
+    with pytest.raises(ChatTemplateError, match="does not show the final message as it is"):
+        template.render([USER, ASSISTANT], continue_final_message=True)
+
+
+def test_what_a_template_is_told_by_its_server_comes_before_variables():
+    template = ChatTemplate("{{ eos_token }}{{ messages[0].content }}{{ x }}", Path("t"), {"eos_token": EOS})
+    variables = {"eos_token": "?", "messages": [], "_check_deadline": 1, "x": 2}
+    assert template.render([{"role": "user", "content": "a"}], variables=variables) == f"{EOS}a2"
+
+
+@pytest.mark.parametrize(
+    ("source", "role"), [("", "system"), ("{% if m.role == 'developer' %}{% endif %}", "developer")]
+)
+def test_a_template_that_does_not_know_developers_is_told_system(source, role):
+    source = "{% for m in messages %}" + source + "{{ m.role }}{% endfor %}"
+    message = {"role": "developer", "content": "be brief"}
+    assert ChatTemplate(source, Path("t"), {}).render([message]) == role
+
+
 def test_templates_refuse_as_in_transformers(directory):
     mistral = ChatTemplate(TEMPLATES["mistral"].read_text(), directory, {"bos_token": BOS, "eos_token": EOS})
     with pytest.raises(

@@ -28,6 +28,7 @@ from checkpoint_damage import (
     replace_bytes,
 )
 from checkpoints import write_checkpoint
+from fork_server import fork_server
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -263,14 +264,7 @@ def test_a_full_disk_does_not_keep_the_loop_from_being_compiled(tmp_path: Path) 
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pdengine.cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=PROCESS_SECONDS,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+    return fork_server().run("pdengine.cli", arguments, {"OMP_NUM_THREADS": "1"}, PROCESS_SECONDS)
 
 
 @pytest.mark.parametrize(
@@ -325,7 +319,7 @@ def assert_taken_or_refused(directory: Path, name: str, content: bytes) -> None:
         path.write_bytes(good)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), mask=st.integers(1, 255))
 def test_flips_in_the_header_of_the_weights(flipped: Path, data: st.DataObject, mask: int) -> None:
     content = bytearray((flipped / WEIGHTS).read_bytes())
@@ -333,7 +327,7 @@ def test_flips_in_the_header_of_the_weights(flipped: Path, data: st.DataObject, 
     assert_taken_or_refused(flipped, WEIGHTS, bytes(content))
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), mask=st.integers(1, 255))
 def test_flips_in_the_config(flipped: Path, data: st.DataObject, mask: int) -> None:
     content = bytearray((flipped / "config.json").read_bytes())

@@ -18,9 +18,14 @@ MODEL = "demo"
 TEXT = "What is in the box of Joseph?"
 
 
-def http_config(router_address: str, **changes: Any) -> HttpConfig:
-    options: dict[str, Any] = {"drain_seconds": 1, "connect_seconds": 0.5, **changes}
-    return HttpConfig("127.0.0.1:0", router_address, checkpoint_directory(), MODEL, **options)
+def http_config(*router_addresses: str, **changes: Any) -> HttpConfig:
+    options: dict[str, Any] = {
+        "model_directory": checkpoint_directory(),
+        "drain_seconds": 1,
+        "connect_seconds": 0.5,
+        **changes,
+    }
+    return HttpConfig("127.0.0.1:0", router_addresses, served_model_name=MODEL, **options)
 
 
 class Served:

@@ -293,10 +293,14 @@ def check(num_prompt_tokens: int, max_tokens: int, registry: Registry) -> None:
 def test_the_context_is_the_smallest_of_all_workers() -> None:
     registry = registry_of(("unified", 100, 50), ("unified", 100, 40))
     check(30, 10, registry)
-    with pytest.raises(InvalidRequest, match="together 41, the model's context is 40") as caught:
+    with pytest.raises(
+        InvalidRequest, match="together 41, this model's maximum context length is 40"
+    ) as caught:
         check(30, 11, registry)
     assert caught.value.field == "max_tokens"
-    with pytest.raises(InvalidRequest, match="prompt has 40 tokens, the model's context is 40") as caught:
+    with pytest.raises(
+        InvalidRequest, match="prompt has 40 tokens, this model's maximum context length is 40"
+    ) as caught:
         check(40, 1, registry)
     assert caught.value.field == "prompt"
 
@@ -306,10 +310,10 @@ def test_the_kv_cache_must_hold_all_but_the_last_token() -> None:
     registry = registry_of(("unified", 3, 1000))
     check(capacity, 1, registry)
     check(1, capacity, registry)
-    with pytest.raises(InvalidRequest, match=f"the largest KV cache holds {capacity}") as caught:
+    with pytest.raises(InvalidRequest, match=f"the largest KV cache holds: {capacity}") as caught:
         check(capacity, 2, registry)
     assert caught.value.field == "max_tokens"
-    with pytest.raises(InvalidRequest, match=f"the largest KV cache holds {capacity}") as caught:
+    with pytest.raises(InvalidRequest, match=f"the largest KV cache holds: {capacity}") as caught:
         check(capacity + 1, 1, registry)
     assert caught.value.field == "prompt"
 

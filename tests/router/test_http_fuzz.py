@@ -19,7 +19,7 @@ STATUS = re.compile(rb"^HTTP/1\.[01] (\d{3}) ", re.MULTILINE)
 ACCEPTABLE = {200, 400, 404, 405, 408, 413, 429}
 JSON = b"Content-Type: application/json\r\n"
 PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
-DEPTH = 100_000
+DEPTH = 30_000
 PARALLEL = 20
 
 

@@ -18,7 +18,7 @@ from pdengine.router.admission import MAX_TOKENS_OF_CHOICES
 from pdengine.router.http import service as service_module
 from pdengine.router.http.errors import ApiError
 from pdengine.router.http.server import HttpServer
-from pdengine.transport.messages import PrefixHit, SamplingParams, Status, WorkFailed
+from pdengine.transport.messages import PrefillAndDecode, PrefixHit, SamplingParams, Status, WorkFailed
 
 TOKENIZER = Tokenizer.load(checkpoint_directory())
 RED, VIOLIN = TOKENIZER.encode(" red violin", add_special_tokens=False)[:2]
@@ -132,11 +132,35 @@ async def test_what_the_router_says_is_believed_for_a_moment(
     try:
         monkeypatch.setattr(service.client, "status", answer)
         for _ in range(2):
-            with nullcontext() if is_there else pytest.raises(ApiError, match="does not answer"):
+            with nullcontext() if is_there else pytest.raises(ApiError, match="no router answers"):
                 await service.status()
     finally:
         await service.close()
     assert num_asked == 1
+
+
+@on_event_loop
+async def test_a_router_without_workers_leaves_its_requests_to_another() -> None:
+    """Alone it says so at once."""
+    async with running_cluster() as without, running_cluster() as cluster:
+        worker = await cluster.worker("unified")
+        addresses = [without.router.client_address, cluster.router.client_address]
+        servers = [HttpServer(http_config(*addresses)), HttpServer(http_config(addresses[0]))]
+        for server in servers:
+            server.start()
+        async with httpx.AsyncClient(timeout=DEADLINE_SECONDS) as client:
+
+            def post(server: HttpServer) -> asyncio.Task[httpx.Response]:
+                return asyncio.create_task(client.post(f"{server.url}/v1/completions", json={"prompt": "a"}))
+
+            posts = [post(servers[0]) for _ in range(4)]
+            for _ in posts:
+                work = (await worker.expect(PrefillAndDecode)).work
+                worker.send_tokens(work, RED, finish_reason="stop")
+            assert [(await each).status_code for each in posts] == [200] * 4
+            assert "no worker" in error_of(await post(servers[1]), 503)["message"]
+        for server in servers:
+            await asyncio.to_thread(server.close)
 
 
 @on_event_loop
@@ -187,6 +211,39 @@ async def test_a_stream(includes_usage: bool) -> None:
         [{"index": 0, "text": WORDS[0], "finish_reason": None, "logprobs": None}],
         [{"index": 0, "text": WORDS[1], "finish_reason": "length", "logprobs": None}],
     ]
+
+
+@on_event_loop
+async def test_chunks_tell_the_usage_of_their_choice_so_far() -> None:
+    """And a completion has no chunk before its first token."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    async with served() as service:
+        answer = service.start(prompt=[[5, 6], [7]], max_tokens=2, stream=True, stream_options=options)
+        for _ in range(2):
+            work = await service.work()
+            service.worker.send_tokens(work, RED, VIOLIN, finish_reason="length")
+        *chunks, last, _ = events_of((await answer).text)
+        usages = {
+            index: [c["usage"] for c in chunks if c["choices"][0]["index"] == index] for index in (0, 1)
+        }
+        assert usages == {0: [usage_of(2, 1), usage_of(2, 2)], 1: [usage_of(1, 1), usage_of(1, 2)]}
+        assert last["usage"] == {**usage_of(3, 4), "prompt_tokens_details": {"cached_tokens": 0}}
+        messages = [{"role": "user", "content": "hi"}]
+        answer = service.start("/v1/chat/completions", messages=messages, stream=True, stream_options=options)
+        work = await service.work()
+        service.worker.send_tokens(work, RED, finish_reason="length")
+        *chunks, last, _ = events_of((await answer).text)
+    num_prompt_tokens = len(work.prompt_ids)
+    assert [c["usage"] for c in chunks] == [usage_of(num_prompt_tokens, n) for n in (0, 1)]
+    assert last["usage"]["completion_tokens"] == 1
+
+
+def usage_of(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
 
 
 @on_event_loop

@@ -92,6 +92,26 @@ async def test_a_stop_string(stop: Any, stream: bool) -> None:
 
 
 @on_event_loop
+async def test_what_stops_an_answer_is_shown_if_asked_for() -> None:
+    """Also a token, but no special one."""
+    async with served() as service:
+        answer = service.start(stop=["d vio"], include_stop_str_in_output=True)
+        work = await service.work()
+        service.worker.send_tokens(work, RED, VIOLIN)
+        await service.worker.expect(Abort, request_id=work.request_id)
+        assert (await answer).json()["choices"][0]["text"] == " red vio"
+        for shows, token_id, text in (
+            (True, VIOLIN, " red violin"),
+            (True, 1, " red"),
+            (False, VIOLIN, " red"),
+        ):
+            answer = service.start(stop_token_ids=[VIOLIN], include_stop_str_in_output=shows)
+            work = await service.work()
+            service.worker.send_tokens(work, RED, token_id, finish_reason="stop")
+            assert (await answer).json()["choices"][0]["text"] == text
+
+
+@on_event_loop
 async def test_one_of_several_answers_stops() -> None:
     async with served() as service:
         answer = service.start(CHAT, messages=MESSAGES, stop="d", n=2, max_tokens=2)

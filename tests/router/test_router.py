@@ -24,6 +24,7 @@ from pdengine.models.demo.facts import checkpoint_directory
 from pdengine.router.config import RouterConfig
 from pdengine.router.router import Router
 from pdengine.transport import messages
+from pdengine.transport.addresses import AddressError, split_tcp_address
 from pdengine.transport.messages import (
     Abort,
     Aborted,
@@ -58,7 +59,6 @@ from pdengine.transport.messages import (
     Welcome,
     WorkFailed,
 )
-from pdengine.transport.sockets import AddressError, split_tcp_address
 
 BEGIN, VIOLIN, RED = 0, 512, 383
 PROMPT_IDS = [BEGIN, 559, RED, VIOLIN]  # "The red violin"
@@ -697,7 +697,7 @@ async def test_requests_without_workers_fail_and_those_that_do_not_fit_are_rejec
             await cluster.client.generate("The")
         assert failed.value.retry
         await cluster.worker("unified", max_context=10)
-        with pytest.raises(Rejected, match="context is 10") as caught:
+        with pytest.raises(Rejected, match="maximum context length is 10") as caught:
             await cluster.client.generate("The", max_tokens=9)
         assert caught.value.field == "max_tokens"
         with pytest.raises(Rejected, match="temperature") as caught:
@@ -845,8 +845,8 @@ async def test_random_bytes_do_no_harm(garbage: list[bytes]) -> None:
                 await peer.expect(Malformed)
             peer.socket._socket.send_multipart([b"", b"two frames"])
             await peer.expect(Malformed)
-        assert cluster.router._clients.num_malformed == len(garbage) + 1
-        assert cluster.router._workers.num_malformed == len(garbage) + 1
+        assert cluster.router._clients.refused_messages["malformed"] == len(garbage) + 1
+        assert cluster.router._workers.refused_messages["malformed"] == len(garbage) + 1
         worker.send_tokens(work, VIOLIN, finish_reason="stop")
         assert (await task).attempts == 1
 

@@ -59,7 +59,6 @@ NUM_TASKS, PARTS, PART_TOKENS, FIRST_PARTS, PARTIAL_SUMS, PARTIAL_SCALES = (8 * 
 BLOCK_TABLES, TABLE_WIDTH, CONTEXT_LENGTHS = (8 * word for word in range(6, 9))
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, IS_BFLOAT16 = (8 * word for word in range(9, 13))
 BLOCK_SIZE, BLOCK_BYTES, HEAD_BYTES = (8 * word for word in range(13, 16))
-NUM_BATCH_WORDS = 16
 
 
 @register_jitable

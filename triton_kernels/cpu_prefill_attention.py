@@ -55,7 +55,6 @@ SIX_FLOAT32, ONE_FLOAT32 = TILES_FLOAT32[5], TILES_FLOAT32[0]
 NUM_TASKS, TASKS, BLOCK_TABLES, TABLE_WIDTH, CONTEXT_LENGTHS = (8 * word for word in range(5))
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_BYTES, HEAD_BYTES = (8 * word for word in range(5, 11))
 POOL_IS_BFLOAT16, IS_BFLOAT16, MEMORY, MEMORY_BYTES, MAX_QUERIES = (8 * word for word in range(11, 16))
-NUM_BATCH_WORDS = 16
 
 # The stack of a task: scores [6, 64] float32, weights [6, 64] of the dtype that is multiplied, words of K.
 _SCORES, _WEIGHTS, _WORDS = 0, TILE_ROWS * PANEL_BYTES, 2 * TILE_ROWS * PANEL_BYTES

@@ -350,15 +350,3 @@ _EXP2_COEFFICIENTS = (
     1.5252733804e-05, 1.5403530394e-04, 1.3333558146e-03, 9.6181291076e-03,
     5.5504108665e-02, 2.4022650696e-01, 6.9314718056e-01, 1.0,
 )  # fmt: skip
-
-
-@_typed(vector, vector, address, address)
-def add_dot_bfloat16(builder, total, pair, pairs):  # type: ignore[no-untyped-def]
-    """Add to each lane the dot product of the 2 bfloat16 at `pair` with the lane's 2 at `pairs`.
-
-    Only where `has_bf16_dot_product`; subnormal numbers count as 0.
-    """
-    word = builder.load(_pointer(builder, pair, _I32), align=2)
-    first = _broadcast(builder, word, _INTS)
-    second = builder.load(_pointer(builder, pairs, _INTS), align=2)
-    return _call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS, total, first, second)

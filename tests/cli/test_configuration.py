@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -125,22 +126,55 @@ def test_workers_of_up_read_their_own_tables(tmp_path: Path) -> None:
             assert re.search(rf"--max-requests +{requests} ", section)
 
 
-def test_up_tells_its_router_how_much_a_decode_worker_may_compute(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told: list[list[str]] = []
+@pytest.fixture
+def told_by_up(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[str], list[str]]]:
+    """f(options) -> what `up` with these options tells its router and its decode worker; neither is begun."""
+    told: list[tuple[list[str], list[str]]] = []
 
-    def no_cluster(*_: object, router_arguments: list[str], **__: object) -> None:
-        told.append(router_arguments)
+    def no_cluster(
+        *_: object, router_arguments: list[str], worker_arguments: dict[str, list[str]], **__: object
+    ) -> None:
+        told.append((router_arguments, worker_arguments["decode"]))
         raise StartupError("that is all")
 
+    def tell(*options: str) -> tuple[list[str], list[str]]:
+        result = run("up", "--model", str(checkpoint_directory()), "--kv-memory", "16MiB", *options)
+        assert "that is all" in result.output
+        return told.pop()
+
     monkeypatch.setattr("pdengine.cli.up.Cluster.__init__", no_cluster)
+    return tell
+
+
+def test_up_tells_its_router_how_much_a_decode_worker_may_compute(
+    tmp_path: Path, told_by_up: Callable[..., tuple[list[str], list[str]]]
+) -> None:
     path = tmp_path / "f.toml"
     path.write_text("[router]\nlocal-prefill-tokens = 5\n")
-    arguments = ["up", "--model", str(checkpoint_directory()), "--kv-memory", "16MiB"]
-    for more in ([], ["--config", str(path)], ["--config", str(path), "--local-prefill-tokens", "7"]):
-        assert "that is all" in run(*arguments, *more).output
+    told = [
+        told_by_up(*more)[0]
+        for more in ([], ["--config", str(path)], ["--config", str(path), "--local-prefill-tokens", "7"])
+    ]
     assert told == [["--local-prefill-tokens", value] for value in ("256", "5", "7")]
+
+
+def test_up_tells_its_router_alone_to_be_insecure(
+    told_by_up: Callable[..., tuple[list[str], list[str]]],
+) -> None:
+    """Its workers stay on loopback."""
+    of_router, of_worker = told_by_up("--insecure", "--metrics-address", "9100")
+    assert of_router == ["--local-prefill-tokens", "256", "--insecure"]
+    assert "--insecure" not in of_worker
+    assert of_worker[of_worker.index("--metrics-address") + 1] == "9100"
+
+
+def test_the_metrics_of_the_router_are_not_those_of_the_workers(tmp_path: Path) -> None:
+    path = tmp_path / "f.toml"
+    path.write_text('[router]\nmetrics-address = "9000"\n[worker]\nmetrics-address = "9100"\n')
+    for command, address in (("router", "9000"), ("decode", "9100"), ("up", "9100")):
+        assert rows(command, "--config", str(path))["--metrics-address"][0] == address
+    environment = {"PDENGINE_METRICS_ADDRESS": "9100"}
+    assert rows("router", environment=environment)["--metrics-address"] == ("-", "default")
 
 
 def test_config_without_a_command_shows_all(tmp_path: Path) -> None:

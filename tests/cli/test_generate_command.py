@@ -1,12 +1,14 @@
 """What `pdengine generate` asks for and prints."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 from click.testing import CliRunner, Result
 from router_thread import RouterThread
 
 from pdengine.cli.main import main
+from pdengine.client import Client
 from pdengine.transport.messages import Choice
 
 
@@ -78,3 +80,12 @@ def test_what_the_router_refuses_is_one_line(
     [line] = result.stderr.splitlines()
     assert line.startswith("Error: ")
     assert sentence in line
+
+
+def test_without_a_router_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pdengine.cli.generate.Client", partial(Client, connect_timeout=0.2))
+    result = CliRunner().invoke(main, ["generate", "hello", "--router", "tcp://127.0.0.1:9"])
+    assert result.exit_code == 1
+    [line] = result.stderr.splitlines()
+    assert line.startswith("Error: ")
+    assert "tcp://127.0.0.1:9" in line

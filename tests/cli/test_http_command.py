@@ -1,5 +1,6 @@
 """What `pdengine http` and `pdengine router --http` refuse to start with, and what they call the model."""
 
+import re
 import socket
 from pathlib import Path
 
@@ -11,12 +12,10 @@ from pdengine.models.demo.facts import checkpoint_directory
 from pdengine.router.http.config import (
     ApiKeysError,
     address_to_connect,
-    check_exposure,
     default_model_name,
     read_api_keys,
-    split_http_address,
 )
-from pdengine.transport.sockets import AddressError
+from pdengine.transport.addresses import InsecureAddress, check_exposure, split_host_port
 
 ROUTER = ["router", "--client-address", "tcp://127.0.0.1:0", "--worker-address", "tcp://127.0.0.1:0"]
 KEYS, TAKEN = "{keys}", "{taken}"
@@ -51,18 +50,18 @@ def test_what_cannot_be_served_is_refused(
 
 def test_exposure() -> None:
     """Loopback is open to all, any other address to those with a key, or to all if that is wanted."""
-    for address in ("127.0.0.1:80", "127.8.8.8:80", "[::1]:80", "localhost:80", "80"):
-        check_exposure(address, has_keys=False, insecure=False)
-    for address in ("0.0.0.0:80", "[::]:80", "10.0.0.1:80", "some-host:80"):
-        check_exposure(address, has_keys=True, insecure=False)
-        check_exposure(address, has_keys=False, insecure=True)
-        with pytest.raises(AddressError, match="--api-keys"):
-            check_exposure(address, has_keys=False, insecure=False)
+    for host in ("127.0.0.1", "127.8.8.8", "::1", "[::1]", "localhost"):
+        check_exposure(f"--bind {host}", host, has_keys=False, insecure=False)
+    for host in ("0.0.0.0", "*", "::", "[::]", "10.0.0.1", "some-host"):
+        check_exposure(f"--bind {host}", host, has_keys=True, insecure=False)
+        check_exposure(f"--bind {host}", host, has_keys=False, insecure=True)
+        with pytest.raises(InsecureAddress, match=f"^--bind {re.escape(host)} can .* give --api-keys, or"):
+            check_exposure(f"--bind {host}", host, has_keys=False, insecure=False, keys_option="--api-keys")
 
 
 def test_addresses() -> None:
-    assert split_http_address("8000") == ("127.0.0.1", 8000)
-    assert split_http_address("[::1]:8000") == ("::1", 8000)
+    assert split_host_port("HTTP", "8000") == ("127.0.0.1", 8000)
+    assert split_host_port("HTTP", "[::1]:8000") == ("::1", 8000)
     assert address_to_connect("tcp://0.0.0.0:5555") == "tcp://127.0.0.1:5555"
     assert address_to_connect("tcp://10.0.0.1:5555") == "tcp://10.0.0.1:5555"
 

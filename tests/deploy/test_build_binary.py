@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pdengine.deploy.build_binary import build, needed_distributions
+from pdengine.deploy.build_binary import MAIN, build, needed_distributions
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDERS = ("cli", "router", "client", "engine", "models", "triton_kernels", "transport")
@@ -49,6 +49,15 @@ def test_whatever_the_code_imports_goes_in() -> None:
     }
     assert "numba" in imported
     assert imported - provided - set(sys.stdlib_module_names) <= NOT_IN_IT | OF_DEVELOPERS | {"pdengine"}
+
+
+def test_another_python_is_refused_before_anything_is_unpacked(tmp_path: Path) -> None:
+    main = tmp_path / "__main__.py"
+    main.write_text(MAIN.format(version=(3, 99)))
+    result = subprocess.run([sys.executable, main], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "was built for Python 3.99" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def python_with_torch(directory: Path) -> Path:
@@ -95,4 +104,17 @@ def test_the_demo_runs_from_the_file_alone(tmp_path: Path) -> None:
     places = run("where.py", SHIV_INTERPRETER="1").splitlines()
     assert places[0].startswith(str(away / "cache"))
     assert not [place for place in places if place.startswith((str(ROOT), sys.prefix))]
+    other = away / "pdengine" / "cli" / "__main__.py"
+    other.parent.mkdir(parents=True)
+    other.write_text("raise SystemExit('the code of the working directory was run')")
     assert "32 of 32 answers are right." in run("demo")
+    refused = subprocess.run(
+        [python, file, "--version"],
+        env=environment | {"SHIV_ROOT": str(other / "no directory")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("Error: this file unpacks itself into ")
+    assert "Traceback" not in refused.stderr

@@ -1,7 +1,6 @@
 """Real processes, started as a person would in several shells."""
 
 import contextlib
-import functools
 import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +10,7 @@ from time import monotonic
 from typing import TypeVar
 
 import psutil
-from fork_server import ForkedProcess, ForkServer
+from fork_server import ForkedProcess, fork_server
 
 from pdengine.client import Client, RouterUnavailable
 from pdengine.transport.messages import Status
@@ -20,12 +19,6 @@ DEADLINE_SECONDS = 90.0
 POLL_SECONDS = 0.05
 T = TypeVar("T")
 LISTENING = re.compile(r"listening for clients on (\S+), for workers on (\S+)")
-
-
-@functools.cache
-def fork_server() -> ForkServer:
-    """The one of this run of the tests. It ends with this process."""
-    return ForkServer()
 
 
 class Deployment:
@@ -65,15 +58,16 @@ class Deployment:
     ) -> ForkedProcess:
         clients = ["--client-address", client_address or "tcp://127.0.0.1:0"]
         workers = ["--worker-address", worker_address or "tcp://127.0.0.1:0"]
-        # Prompts go through both workers, also where a decode worker has most of them: last wins.
-        both = ["--local-prefill-tokens", "0"]
+        # Workers report often, because tests wait for that; prompts go through both workers, also where a
+        # decode worker has most of them. Of options given twice the last wins.
+        own = ["--heartbeat-seconds", "0.2", "--local-prefill-tokens", "0"]
         arguments = [
             "router",
             "--model",
             str(self.model),
             *clients,
             *workers,
-            *both,
+            *own,
             *self._key_options,
             *options,
         ]
@@ -82,11 +76,13 @@ class Deployment:
         self.client_address, self.worker_address = match.groups()
         return router
 
-    def start_http(self, *options: str, environment: dict[str, str] | None = None) -> ForkedProcess:
+    def start_http(
+        self, *options: str, module: str = "pdengine.cli", environment: dict[str, str] | None = None
+    ) -> ForkedProcess:
         """An HTTP server in a process of its own."""
         addresses = ["--router", self.client_address, "--http", "127.0.0.1:0"]
         arguments = ["http", "--model", str(self.model), *addresses, *options]
-        return self._spawn("http", arguments, environment=environment)
+        return self._spawn("http", arguments, module, environment)
 
     def start_worker(
         self,
@@ -204,10 +200,11 @@ def wait_for(look: Callable[[], T | None], process: ForkedProcess | None = None)
 
 
 @contextlib.contextmanager
-def disaggregated(model: Path, logs: Path, *options: str) -> Iterator[Deployment]:
-    """A router, a prefill and a decode worker; the pools are back at their baseline at the end."""
+def disaggregated(model: Path, logs: Path, *options: str, router: Sequence[str] = ()) -> Iterator[Deployment]:
+    """A router, a prefill and a decode worker, both with `options`; the pools are back at their baseline at
+    the end."""
     with Deployment(model, logs) as deployment:
-        deployment.start_router()
+        deployment.start_router(options=router)
         deployment.start_worker("prefill", *options)
         deployment.start_worker("decode", *options)
         deployment.wait_workers("prefill", "decode")

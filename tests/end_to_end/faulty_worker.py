@@ -13,9 +13,9 @@ from typing import Any
 
 from pdengine.cli.main import main
 from pdengine.engine import worker
+from pdengine.engine.peers import Peers
 from pdengine.engine.pulls import Pulls
 from pdengine.engine.runner import Runner
-from pdengine.engine.worker import Worker
 from pdengine.transport.messages import Message, ReleaseLeases
 from pdengine.transport.transfer import Transfer
 
@@ -24,7 +24,7 @@ SLOW_STEP_SECONDS = 0.005
 FAULTS = Path(os.environ["FAULTS"])
 
 make_pulls = Pulls.__init__
-send_to_peer = Worker._send_to_peer
+send_to_peer = Peers.send
 start_step = Runner.start
 
 
@@ -51,7 +51,7 @@ def make_pulls_that_can_be_held(
     make_pulls(self, transfer, *arguments, **options)  # type: ignore[arg-type]
 
 
-def send_to_peer_unless_lost(self: Worker, engine_id: str, message: Message) -> None:
+def send_to_peer_unless_lost(self: Peers, engine_id: str, message: Message) -> None:
     if isinstance(message, ReleaseLeases) and is_on("lose-releases"):
         print("a release is lost", flush=True)
     else:
@@ -69,7 +69,7 @@ def run_step_unless_it_hangs(self: Runner, *arguments: Any) -> Any:
 
 
 Pulls.__init__ = make_pulls_that_can_be_held  # type: ignore[method-assign]
-Worker._send_to_peer = send_to_peer_unless_lost  # type: ignore[method-assign]
+Peers.send = send_to_peer_unless_lost  # type: ignore[method-assign]
 Runner.start = run_step_unless_it_hangs  # type: ignore[method-assign]
 worker.MAX_STEP_SECONDS = float(os.environ.get("MAX_STEP_SECONDS", worker.MAX_STEP_SECONDS))
 main()

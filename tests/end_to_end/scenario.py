@@ -62,9 +62,9 @@ def check_healthy(deployment: Deployment, undisturbed: Client) -> None:
 def cluster(
     model: Path, logs: Path, *, router: tuple[str, ...] = (), prefill: tuple[str, ...] = ()
 ) -> Iterator[Deployment]:
-    """A router, whose workers report often, and a prefill worker."""
+    """A router and a prefill worker."""
     with Deployment(model, logs) as deployment:
-        deployment.start_router(options=("--heartbeat-seconds", "0.2", *router))
+        deployment.start_router(options=router)
         deployment.start_worker("prefill", *FLOAT32, *prefill)
         yield deployment
 

@@ -164,18 +164,37 @@ async def dribble(target: Target, data: bytes) -> None:
 
 
 async def send_much(target: Target, framing: str) -> None:
-    """A body of 100 MB again and again; it must be refused, each time."""
-    while True:
-        reader, writer = await target.connect()
-        is_chunked = "chunked" in framing
+    """A body of 100 MB again and again; it must be refused, each time, and the sender must see that."""
+    is_chunked = "chunked" in framing
+
+    async def send(writer: asyncio.StreamWriter) -> None:
         writer.write(head(framing))
         with contextlib.suppress(ConnectionError):
             for _ in range(LARGE // len(PIECE)):
                 writer.write(b"%x\r\n%b\r\n" % (len(PIECE), PIECE) if is_chunked else PIECE)
                 await writer.drain()
-        with contextlib.suppress(ConnectionError):
-            assert b" 413 " in await reader.readline()
+
+    while True:
+        reader, writer = await target.connect()
+        sending = asyncio.create_task(send(writer))
+        assert b" 413 " in await reader.readline()
+        await sending
         writer.close()
+
+
+async def send_intricate(target: Target) -> None:
+    """As much JSON as is accepted, again and again, of the kinds that take longest."""
+    bodies = (
+        b'{"prompt": [' + b"[1,1,1]," * (2**16 - 8) + b"[1]]}",
+        b'{"messages": [' + b'{"role":"a","content":"b"},' * 21_000 + b'{"role":"a","content":"b"}]}',
+        b'{"prompt": "a", "x": [' + b"1.5e3," * (2**19 - 2) + b"1]}",
+    )
+    while True:
+        for body in bodies:
+            reader, writer = await target.connect()
+            writer.write(head(f"Content-Length: {len(body)}") + body)
+            assert b" 400 " in await reader.readline()
+            writer.close()
 
 
 @asynccontextmanager
@@ -240,6 +259,10 @@ async def test_what_slow_and_greedy_clients_cost_the_others(deployment: Deployme
             await bystander("beside 10 that send a byte per second and 2 that send 100 MB")
         async with nuisances(served, num_silent=1_000, num_stalled=20):
             await bystander("beside all of them")
+        intricate = asyncio.create_task(send_intricate(served))
+        await bystander("beside one that sends intricate JSON")
+        assert not intricate.done()
+        intricate.cancel()
         await bystander("alone again")
 
 

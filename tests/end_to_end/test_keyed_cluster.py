@@ -16,13 +16,14 @@ from scenario import FLOAT32, GREEDY, ask, random_prompt
 
 from pdengine.cli.main import main
 from pdengine.client import Client, RouterUnavailable
+from pdengine.transport.addresses import split_tcp_address
 from pdengine.transport.keys import KeyFile, PeerKeys, read_key_file
 from pdengine.transport.messages import (
     ClientToRouter,
     PeerRequest,
     WorkerToRouter,
 )
-from pdengine.transport.sockets import raise_file_limit, split_tcp_address
+from pdengine.transport.sockets import raise_file_limit
 
 PROMPT = random_prompt(50)
 

@@ -11,6 +11,7 @@ from pdengine.client import Client, RouterUnavailable, TimedOut
 
 PUSH = ("--transfer", "push", "--silence-seconds", "2")
 SMALL_STEPS = ("--max-batch-tokens", "64")
+SHORT_LEASES = ("--lease-seconds", "5")  # blocks are kept so long for a writer that is not heard of
 PROMPT_LENGTHS = (1, 15, 16, 17, 100, 300)
 
 
@@ -62,7 +63,7 @@ def test_workers_that_stand_still_or_die_in_a_push(
         Client(deployment.client_address) as client,
         ThreadPoolExecutor() as threads,
     ):
-        sleeper = deployment.start_worker("decode", *FLOAT32)
+        sleeper = deployment.start_worker("decode", *FLOAT32, *SHORT_LEASES)
         deployment.wait_workers("prefill", "decode")
         answers = [threads.submit(ask, client, prompt, **GREEDY) for prompt in prompts]
         deployment.wait_status(
@@ -70,7 +71,7 @@ def test_workers_that_stand_still_or_die_in_a_push(
         )
         deployment.pause(sleeper)
         deployment.wait_workers("prefill")
-        deployment.start_worker("decode", *FLOAT32)
+        deployment.start_worker("decode", *FLOAT32, *SHORT_LEASES)
         deployment.resume(sleeper)
         for prompt, answer in zip(prompts, answers, strict=True):
             assert answer.result().token_ids == tokens(undisturbed, prompt, **GREEDY)

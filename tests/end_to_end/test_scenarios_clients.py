@@ -108,7 +108,7 @@ def test_two_clients_give_their_requests_the_same_number_at_once(
 @pytest.mark.parametrize(
     ("prompt", "sentence"),
     [
-        (random_prompt(8192), "the model's context is 8192"),
+        (random_prompt(8192), "this model's maximum context length is 8192"),
         ("", "prompt is empty"),
         ([5, VOCAB_SIZE], f"token id {VOCAB_SIZE}, the vocabulary is 0 to {VOCAB_SIZE - 1}"),
         ([5, -1], "token id -1"),

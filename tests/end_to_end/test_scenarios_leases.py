@@ -56,7 +56,7 @@ def read_for(stream: Stream, seconds: float) -> None:
         next(stream)
 
 
-def test_32_requests_queue_for_three_leases_at_a_decode_worker_with_one_slot(
+def test_32_requests_queue_for_two_leases_at_a_decode_worker_with_one_slot(
     short_leases: tuple[Deployment, FaultyWorker], undisturbed: Client
 ) -> None:
     deployment, _ = short_leases
@@ -65,11 +65,11 @@ def test_32_requests_queue_for_three_leases_at_a_decode_worker_with_one_slot(
     with Client(deployment.client_address) as client, ThreadPoolExecutor(32) as threads:
         with client.stream(random_prompt(20), max_tokens=8000, **GREEDY) as first_in_line:
             next(first_in_line)
-            answers = [threads.submit(ask, client, prompt, **GREEDY) for prompt in prompts]
-            read_for(first_in_line, 3 * LEASE_SECONDS)
+            answers = [threads.submit(ask, client, prompt, max_tokens=8, **GREEDY) for prompt in prompts]
+            read_for(first_in_line, 2 * LEASE_SECONDS)
             assert not any(answer.done() for answer in answers)
         for prompt, answer in zip(prompts, answers, strict=True):
-            assert answer.result().token_ids == tokens(undisturbed, prompt, **GREEDY)
+            assert answer.result().token_ids == tokens(undisturbed, prompt, max_tokens=8, **GREEDY)
             assert answer.result().attempts == 1
     assert num_expired(deployment) == expired_before
 
@@ -88,7 +88,7 @@ def test_a_request_that_waits_in_vain_for_room_ends_with_its_deadline(
         next(first_in_line)
 
 
-def test_no_decode_worker_takes_the_request_for_three_leases(
+def test_no_decode_worker_takes_the_request_for_two_leases(
     short_leases: tuple[Deployment, FaultyWorker], undisturbed: Client
 ) -> None:
     """The router keeps the lease alive until the decode worker, which stands still, has room again."""
@@ -102,7 +102,7 @@ def test_no_decode_worker_takes_the_request_for_three_leases(
     ):
         received = next(stream).token_ids
         granted_at = monotonic()
-        deployment.wait_status(lambda status: monotonic() > granted_at + 3 * LEASE_SECONDS or None)
+        deployment.wait_status(lambda status: monotonic() > granted_at + 2 * LEASE_SECONDS or None)
         deployment.resume(decoder.process)
         for delta in stream:
             received += delta.token_ids

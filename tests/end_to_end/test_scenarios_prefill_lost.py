@@ -57,7 +57,7 @@ def test_prefill_is_killed_in_the_middle_of_a_pull_and_started_again_on_the_same
     # Small steps, so that the pull begins before the prompt is done.
     own_options = ("--bind", free_address(), "--max-batch-tokens", "64")
     with Deployment(wandering_model, tmp_path) as deployment, ThreadPoolExecutor() as threads:
-        deployment.start_router(options=("--heartbeat-seconds", "0.2", "--silence-seconds", "2"))
+        deployment.start_router(options=("--silence-seconds", "2"))
         decoder = FaultyWorker(deployment, "decode", *FLOAT32, *options, environment=environment)
         for number in range(rounds):
             prefiller = deployment.start_worker(
@@ -93,7 +93,7 @@ def test_prefill_stands_still_for_longer_than_a_pull_may_take_and_goes_on(
         Deployment(wandering_model, tmp_path) as deployment,
         ThreadPoolExecutor() as threads,
     ):
-        deployment.start_router(options=("--heartbeat-seconds", "0.2", *NEVER_NOTICED))
+        deployment.start_router(options=NEVER_NOTICED)
         sleeper = deployment.start_worker("prefill", *FLOAT32, *options, environment=environment)
         decoder = FaultyWorker(
             deployment, "decode", *FLOAT32, *options, "--pull-seconds", "1", environment=environment
@@ -170,7 +170,7 @@ def test_prefill_is_busy_with_a_long_prompt_while_it_is_read_over_tcp(
     options, environment = UCX_TCP
     short, long = random_prompt(200), random_prompt(8000)
     with Deployment(wandering_model, tmp_path) as deployment, ThreadPoolExecutor() as threads:
-        deployment.start_router(options=("--heartbeat-seconds", "0.2"))
+        deployment.start_router()
         for role in ("prefill", "decode"):
             deployment.start_worker(
                 role, *FLOAT32, *options, "--max-batch-tokens", "8192", environment=environment

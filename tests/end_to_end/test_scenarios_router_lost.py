@@ -9,7 +9,7 @@ from scenario import FLOAT32, GREEDY, SAMPLED, ask, check_healthy, cluster, rand
 
 from pdengine.client import Client, RouterUnavailable
 
-ROUTER = ("--heartbeat-seconds", "0.2", "--silence-seconds", "600")
+ROUTER = ("--silence-seconds", "600")
 
 
 def test_the_router_is_lost_after_prefill_has_answered_and_before_decode_has_taken_over(

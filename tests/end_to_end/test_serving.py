@@ -14,6 +14,7 @@ from deployment import Deployment, disaggregated
 from pdengine.client import Client, Completion, Failed, Rejected, RouterUnavailable, TimedOut
 
 FLOAT32 = ("--dtype", "float32")
+NOTICED_SOON = ("--silence-seconds", "2")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def shared_cluster(lasting_cluster: Deployment) -> Iterator[Deployment]:
 
 @pytest.fixture
 def cluster(model: Path, tmp_path: Path) -> Iterator[Deployment]:
-    with disaggregated(model, tmp_path, *FLOAT32) as deployment:
+    with disaggregated(model, tmp_path, *FLOAT32, router=NOTICED_SOON) as deployment:
         yield deployment
 
 
@@ -132,7 +133,8 @@ def test_a_second_decode_worker_joins_and_one_leaves_under_load(cluster: Deploym
         answers += [threads.submit(ask, prompt) for prompt in prompts]
         completions = [answer.result() for answer in answers]
     assert [completion.token_ids for completion in completions] == expected * 4
-    assert all(completion.attempts == 1 for completion in completions)
+    # Work that is on its way to a worker that has nothing left to do, and leaves, goes to another one.
+    assert all(completion.attempts <= 2 for completion in completions)
     decoders = {worker.engine_id for worker in status.workers if worker.role == "decode"}
     assert {completion.decode_worker for completion in completions} == decoders
     cluster.wait_workers("prefill", "decode")
@@ -164,7 +166,7 @@ def test_a_killed_worker_loses_no_request_while_another_is_there(victim: str, cl
 
 def test_without_a_worker_that_can_go_on_the_request_fails_with_a_reason(model: Path, tmp_path: Path) -> None:
     with Deployment(model, tmp_path) as deployment:
-        deployment.start_router()
+        deployment.start_router(options=NOTICED_SOON)
         worker = deployment.start_worker("unified", *FLOAT32)
         deployment.wait_workers("unified")
         with Client(deployment.client_address) as client:
@@ -197,10 +199,10 @@ def test_bad_requests_are_refused_with_the_limit_and_hurt_nobody(model: Path, tm
     small = ("--kv-memory", str(40 * 24576), *FLOAT32)
     with disaggregated(model, tmp_path, *small) as deployment, Client(deployment.client_address) as client:
         refused = {
-            "context is 1024": {"prompt": [20] * 1024},
+            "maximum context length is 1024": {"prompt": [20] * 1024},
             "prompt has 1000 tokens and max_tokens is 100": {"prompt": [20] * 1000, "max_tokens": 100},
-            "KV cache holds 640": {"prompt": [20] * 700},
-            "together 716, the largest KV cache holds 640": {"prompt": [20] * 600, "max_tokens": 116},
+            "KV cache holds: 640": {"prompt": [20] * 700},
+            "together 716, the maximum context length here": {"prompt": [20] * 600, "max_tokens": 116},
             "prompt is empty": {"prompt": ""},
             "prompt is empty, it must": {"prompt": []},
             f"token id {VOCAB_SIZE}, the vocabulary is 0 to {VOCAB_SIZE - 1}": {"prompt": [VOCAB_SIZE]},

@@ -69,8 +69,8 @@ class Load:
 
 @pytest.mark.parametrize(
     "seconds",
-    [15.0, pytest.param(300.0, marks=[pytest.mark.long, pytest.mark.timeout(600)])],
-    ids=["15-s", "5-min"],
+    [6.0, pytest.param(300.0, marks=[pytest.mark.long, pytest.mark.timeout(600)])],
+    ids=["6-s", "5-min"],
 )
 def test_workers_come_and_go_under_load(
     seconds: float, wandering_model: Path, undisturbed: Client, tmp_path: Path

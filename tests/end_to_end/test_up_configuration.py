@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 from deployment import DEADLINE_SECONDS, wait_for
 
 from pdengine.models.demo.facts import checkpoint_directory
@@ -33,10 +34,15 @@ def test_workers_take_their_own_values_but_loopback_addresses(tmp_path: Path) ->
         command = [*COMMAND, "--http", "127.0.0.1:0"]
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     try:
-        wait_for(lambda: re.search(r"^ready", log.read_text(), re.MULTILINE))
+        wait_for(lambda: re.search(r"^ready", log.read_text(), re.MULTILINE), process)
+        children = psutil.Process(process.pid).children(recursive=True)
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(DEADLINE_SECONDS)
+        status = process.wait(DEADLINE_SECONDS)
+    assert status == 0
+    assert len(children) == 4
+    _, alive = psutil.wait_procs(children, timeout=DEADLINE_SECONDS)
+    assert not alive
     plans = re.findall(r"(\w+)\[\d+\]: weights \S+ MiB, KV cache (.*) =.*=", log.read_text())
     assert sorted(plans) == [("decode", "2.0 MiB"), ("prefill", "1.0 MiB"), ("unified", "1.0 MiB")]
     assert re.search(r"serving \S+ over HTTP on http://127.0.0.1:\d+", log.read_text())

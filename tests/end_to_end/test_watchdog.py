@@ -1,5 +1,6 @@
 """A worker whose engine loop hangs: its probes, and a supervisor that does what systemd does."""
 
+import os
 import re
 import signal
 import socket
@@ -8,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic
+from urllib.parse import urlsplit
 
 import pytest
 from deployment import DEADLINE_SECONDS, Deployment, wait_for
@@ -80,7 +82,7 @@ def test_an_engine_loop_that_hangs_is_not_fed_for_and_its_requests_go_on_after_t
         Deployment(wandering_model, tmp_path) as deployment,
         ThreadPoolExecutor() as threads,
     ):
-        deployment.start_router(options=("--heartbeat-seconds", "0.2"))
+        deployment.start_router()
         worker = FaultyWorker(deployment, "unified", *options, environment=environment)
         address = metrics_address(deployment, worker)
         assert supervisor.wait_message("READY=1").startswith("READY=1\nSTATUS=")
@@ -132,3 +134,21 @@ def test_a_router_and_an_http_server_are_ready_fed_and_stop(
         assert supervisor.next_message() == "WATCHDOG=1", "it does not depend on its router"
         assert deployment.stop(http) == 0
         supervisor.wait_message("STOPPING=1")
+
+
+def test_an_http_server_whose_loop_hangs_is_not_fed_for(
+    wandering_model: Path, tmp_path: Path, supervisor: Supervisor
+) -> None:
+    with Deployment(wandering_model, tmp_path) as deployment:
+        deployment.start_router()
+        here = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
+        http = deployment.start_http(module="hanging_http", environment={**supervisor.environment, **here})
+        ready = supervisor.wait_message("READY=1")
+        supervisor.wait_message("WATCHDOG=1")
+        address = urlsplit(ready.partition("STATUS=HTTP on ")[2])
+        with socket.create_connection((address.hostname, address.port)) as client:
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            deployment.wait_log(http, "^the loop hangs$")
+            supervisor.watch(http)
+        assert deployment.stop(http) == -signal.SIGABRT
+        assert " in hang_in_status" in deployment.log_of(http), "it does not say where it hung"

@@ -1,10 +1,13 @@
 """Starts processes of pdengine as copies of one that has imported torch, numba and pdengine already.
 
-The imports are most of what a process does before it serves, and the tests start hundreds of them. What a
-copy runs is the program: its module as `__main__`, with its own arguments, environment and output.
+The imports and the native code are most of what a process does before it serves, and the tests start
+hundreds of them. What a copy runs is the program: its module as `__main__`, with its own arguments,
+environment and output.
 """
 
 import contextlib
+import functools
+import gc
 import json
 import os
 import runpy
@@ -126,6 +129,12 @@ class ForkServer:
         return int(answer)
 
 
+@functools.cache
+def fork_server() -> ForkServer:
+    """The one of this run of the tests. It ends with this process."""
+    return ForkServer()
+
+
 def serve(connection: socket.socket) -> dict[str, Any] | None:
     """Answer requests until the other side closes. In a copy: return what it shall run."""
     children: set[int] = set()
@@ -160,11 +169,23 @@ def become(start: dict[str, Any]) -> None:
     runpy.run_module(start["module"], run_name="__main__", alter_sys=True)
 
 
+def load_native_code() -> None:
+    """numba's functions, and libucs, which measures the CPU's clock for 0.4 s; none of it starts a thread."""
+    from pdengine.transport.ucx_library import UcxNotFound, load_ucx
+    from pdengine.triton_kernels.cpu_native import native_kernels
+
+    native_kernels()
+    with contextlib.suppress(UcxNotFound):  # that is for those to say that need it
+        load_ucx()
+
+
 def main() -> Never:
     connection = socket.socket(fileno=int(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests
     for name in IMPORTS:
         __import__(name)
+    load_native_code()
+    gc.freeze()  # else every copy would write to, and so copy, the pages of all objects to collect garbage
     start = serve(connection)
     connection.close()
     if start is not None:

@@ -1,4 +1,5 @@
 # One virtual environment for everything. Override: make run PYTHON=python3.12 UCX=cu13
+# (another PYTHON or TORCH than last time needs a `make clean` first)
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0

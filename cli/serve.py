@@ -35,6 +35,7 @@ from pdengine.models.hub import resolve_model
 from pdengine.router.config import OnFailure, RouterConfig, TransferMode
 from pdengine.router.http.config import address_to_connect
 from pdengine.router.router import Router
+from pdengine.transport.addresses import AddressError
 from pdengine.transport.messages import Role
 from pdengine.transport.metrics_server import MetricsServer
 from pdengine.transport.service_manager import ServiceManager, serving
@@ -128,7 +129,12 @@ def router(
         )
         server = Router(settings)
         if router_metrics_address:
-            logger.info("metrics on %s/metrics", MetricsServer(router_metrics_address, server.metrics).url)
+            try:
+                url = MetricsServer(router_metrics_address, server.metrics).url
+            except AddressError:
+                server.close()
+                raise
+            logger.info("metrics on %s/metrics", url)
         click.echo(
             f"listening for clients on {server.client_address}, for workers on {server.worker_address}"
         )

@@ -140,8 +140,8 @@ class Engine:
         commands: list[Command] = []
         try:
             if wait:
-                self._is_asleep = True
                 self._populate_pages()
+                self._is_asleep = True
                 deadline = self._pulls.next_deadline()
                 timeout = None if deadline is None else max(0.0, deadline - monotonic())
                 commands.append(self._inbox.get(timeout=timeout))

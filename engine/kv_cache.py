@@ -21,7 +21,7 @@ class KVCache:
     A block is contiguous over all layers, so that one read moves it; heads come first inside a block, so that
     a peer with another tensor-parallel degree can read its slice of heads as one piece.
 
-    Host memory lies in `memory`, which peers on this host can map; pages that no sequence ever used cost
+    Host memory lies in `memory`, which peers on this host can map; pages that were never touched cost
     nothing. GPU memory is taken at once, and its contents are undefined; then `memory` is None. Raises
     TransferError or CudaError if there is too little of it.
     """

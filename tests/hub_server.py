@@ -93,6 +93,10 @@ class HubServer:
         paths = [path for path in directory.rglob("*") if path.is_file()]
         return self.add(model_id, {str(path.relative_to(directory)): path.read_bytes() for path in paths})
 
+    def count_anew(self) -> None:
+        """What is still being sent, perhaps to a process that was killed, does not count."""
+        self.bytes_served = Counter()
+
     def hold(self, path: str, num_bytes: int) -> Hold:
         """Let `num_bytes` of a file through, and no more until the hold is resumed."""
         self.holds[path] = Hold(num_bytes)
@@ -193,6 +197,7 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             if path in hub.damaged:
                 body = bytes([body[0] ^ 1]) + body[1:]
             hold, cut = hub.holds.get(path), hub.cuts.pop(path, None)
+            served = hub.bytes_served
             for start in range(0, len(body), CHUNK):
                 if cut is not None and start >= cut:
                     self.close_connection = True
@@ -202,7 +207,7 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                     hold.resume.wait()
                 chunk = body[start : start + CHUNK]
                 self.wfile.write(chunk)
-                hub.bytes_served[path] += len(chunk)
+                served[path] += len(chunk)
 
         def _json(self, value: Any) -> None:
             self._send(200, {"Content-Type": "application/json"}, json.dumps(value).encode())

@@ -56,7 +56,7 @@ def test_a_killed_download_goes_on_where_it_was_and_the_model_serves(tmp_path: P
         assert kept > 0
         hold.resume.set()
         hub.holds.clear()
-        hub.bytes_served.clear()
+        hub.count_anew()
 
         with up(hub, home, log) as process:
             ready = wait_for(lambda: re.search(r"^ready: .* behind (\S+)", log.read_text(), re.M), process)

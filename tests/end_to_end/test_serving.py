@@ -133,8 +133,7 @@ def test_a_second_decode_worker_joins_and_one_leaves_under_load(cluster: Deploym
         answers += [threads.submit(ask, prompt) for prompt in prompts]
         completions = [answer.result() for answer in answers]
     assert [completion.token_ids for completion in completions] == expected * 4
-    # Work that is on its way to a worker that has nothing left to do, and leaves, goes to another one.
-    assert all(completion.attempts <= 2 for completion in completions)
+    assert all(completion.attempts == 1 for completion in completions)
     decoders = {worker.engine_id for worker in status.workers if worker.role == "decode"}
     assert {completion.decode_worker for completion in completions} == decoders
     cluster.wait_workers("prefill", "decode")

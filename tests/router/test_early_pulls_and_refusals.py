@@ -10,6 +10,8 @@ from pdengine.transport.messages import (
     Abort,
     Decode,
     EarlyPullDropped,
+    Heartbeat,
+    HeartbeatReply,
     KVLease,
     Leaving,
     Left,
@@ -139,7 +141,8 @@ async def test_when_who_pulls_early_is_leaving_another_worker_decodes() -> None:
         await leaving.expect(PullEarly)
         other = await cluster.worker("decode", "other")
         leaving.send(Leaving())
-        await leaving.sync()
+        leaving.send(Heartbeat(leaving.hello.load))
+        assert (await leaving.expect(HeartbeatReply)).leaving, "what was sent before it knew has come now"
         prefill.send_prefilled(work, VIOLIN)
         assert (await leaving.expect(Abort)).request_id == work.request_id
         await finish(other, (await other.expect(Decode)).work)

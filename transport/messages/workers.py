@@ -149,7 +149,10 @@ class Left(Message, frozen=True):
 
 
 class PeerLink(Message, frozen=True):
-    """This worker can pull from `engine_id`, or push to it, over `lanes`, or cannot, because of `error`."""
+    """This worker can pull from `engine_id`, or push to it, over `lanes`, or cannot, because of `error`.
+
+    Of a decode worker that is pushed to: whether it lets `engine_id` do so, without `lanes`.
+    """
 
     engine_id: str
     lanes: str = ""
@@ -189,10 +192,12 @@ class Refused(Message, frozen=True):
 
 
 class HeartbeatReply(Message, frozen=True):
-    """known: False asks the worker to say Hello again."""
+    """known: False asks the worker to say Hello again. leaving: the router knows that the worker leaves, and
+    what it gave it before has come before this."""
 
     epoch: str
     known: bool
+    leaving: bool = False
 
 
 class PeerJoined(Message, frozen=True):

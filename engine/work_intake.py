@@ -14,6 +14,7 @@ from pdengine.transport.messages import (
     Decode,
     DecodeAccepted,
     KVLease,
+    PeerLink,
     Prefill,
     PrefillAndDecode,
     PullEarly,
@@ -23,6 +24,8 @@ from pdengine.transport.messages import (
     WorkFailed,
 )
 
+UNKNOWN_PREFILL_WORKER = "the prefill worker is not known here"
+
 Order = Prefill | PrefillAndDecode | PullEarly | Reserve | Decode | Abort
 
 
@@ -31,8 +34,7 @@ class WorkIntake:
 
     num_blocks: of the pool. max_requests: answers that are written at once. open_answers: gets what is begun
     and given up. peers: engine ids of those that this worker can pull from, or push to. is_leaving: whether
-    this worker has told the router that it leaves. What comes nevertheless was sent before the router knew,
-    and is taken: elsewhere it would be computed again.
+    this worker leaves: then it pulls nothing early.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class WorkIntake:
         peers: Container[str],
         leases: LeaseKeeper,
         post: Callable[[Command], None],
-        tell_router: Callable[[WorkFailed | DecodeAccepted], None],
+        tell_router: Callable[[WorkFailed | DecodeAccepted | PeerLink], None],
         is_leaving: Callable[[], bool],
     ) -> None:
         self._block_size = block_size
@@ -68,10 +70,8 @@ class WorkIntake:
                 self._take(self._sequences(work, Mode.WHOLE, may_wait))
             case PullEarly():
                 self._pull_early(order)
-            case Reserve(work, writer):
-                [sequence] = self._sequences(work, Mode.DECODE)
-                sequence.writer = writer
-                self._take([sequence])
+            case Reserve():
+                self._reserve(order)
             case Decode(work, KVLease() as lease):
                 self._take_leased(work, lease)
             case Decode(work):
@@ -99,6 +99,15 @@ class WorkIntake:
                 self._tell_router(WorkFailed(work.request_id, work.attempt, reason, retry=True))
                 return
             sequence.push = Push(work.request_id, work.attempt, push_to)
+        self._take([sequence])
+
+    def _reserve(self, order: Reserve) -> None:
+        """A writer that is not known here could never be asked whether it still writes to the blocks."""
+        [sequence] = self._sequences(order.work, Mode.DECODE)
+        sequence.writer = order.writer
+        if order.writer not in self._peers:
+            # Before the refusal: else the router would choose the same two again.
+            self._tell_router(PeerLink(order.writer, error=UNKNOWN_PREFILL_WORKER))
         self._take([sequence])
 
     def _start(self, sequences: list[Sequence]) -> None:
@@ -133,6 +142,8 @@ class WorkIntake:
             self._post(news)
 
     def _refusal(self, sequences: list[Sequence], lease: KVLease | None = None) -> WorkFailed | None:
+        """That this worker leaves is no reason: what comes nevertheless was sent before the router knew, and
+        elsewhere it would be computed again."""
         leader = sequences[0]
 
         def refuse(reason: str, *, retry: bool) -> WorkFailed:
@@ -146,10 +157,11 @@ class WorkIntake:
         if leader.num_slots > self._max_requests:
             limit = f"this worker writes {self._max_requests} answers at once at most"
             return refuse(f"n is {leader.num_slots}, {limit}", retry=False)
+        holder = leader.writer if lease is None else lease.engine_id
+        if holder is not None and holder not in self._peers:
+            return refuse(UNKNOWN_PREFILL_WORKER, retry=True)
         if lease is None:
             return None
-        if lease.engine_id not in self._peers:
-            return refuse("the prefill worker is not known here", retry=True)
         lengths = {len(answer.token_ids) - 1 for answer in (leader, *leader.siblings)}
         if lengths != {lease.num_tokens} or len(lease.block_ids) < blocks_for(
             lease.num_tokens, self._block_size

@@ -34,6 +34,7 @@ from pdengine.engine.pushes import LoseWriter, UnwantedPush
 from pdengine.engine.work_intake import WorkIntake
 from pdengine.engine.worker_config import StartupError
 from pdengine.engine.worker_keys import WorkerKeys
+from pdengine.transport.bounded_log import BoundedLog
 from pdengine.transport.handshakes import IN_VAIN, REFUSED, watch_handshakes
 from pdengine.transport.messages import (
     Abort,
@@ -52,7 +53,6 @@ from pdengine.transport.messages import (
     PeerDescriptor,
     PeerJoined,
     PeerLeft,
-    PeerLink,
     PeerReply,
     PeerRequest,
     Prefill,
@@ -67,13 +67,14 @@ from pdengine.transport.messages import (
     RouterToWorker,
     Welcome,
 )
-from pdengine.transport.sockets import PeerSocket, SendFailed, ServerSocket
+from pdengine.transport.sockets import KEY_REVOKED, PeerSocket, SendFailed, ServerSocket
 from pdengine.transport.transfer import PeerConnected, PeerFailed, PushTransfer
 
 logger = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.25  # leases are swept and renewed this often
 HELLO_SECONDS = 1.0
+LET_GO_SECONDS = 2.0  # for the router's answer to Leaving, then an idle worker goes without it
 MAX_STEP_SECONDS = 30.0  # a worker whose engine loop takes longer for one turn is not ready
 
 
@@ -115,6 +116,7 @@ class Worker:
             keys=parts.keys.to_router() if parts.keys is not None else None,
             only_when_connected=True,
         )
+        self._log = BoundedLog(logger)
         self._epoch: str | None = None
         self._heartbeat_interval = HELLO_SECONDS
         self._granted = GrantedLeases(parts.lease_seconds)
@@ -124,6 +126,7 @@ class Worker:
         self._open = OpenAnswers()
         self._stopping = asyncio.Event()
         self._stop_now = asyncio.Event()
+        self._let_go = False  # no router has work for this worker on its way
         self._loop: asyncio.AbstractEventLoop | None = None  # while running
         self._peers = Peers(
             role=parts.descriptor.role,
@@ -234,13 +237,24 @@ class Worker:
 
     async def _drain_when_asked(self) -> None:
         await self._stopping.wait()
-        self._send_to_router(Leaving())
-        deadline = monotonic() + self._parts.drain_seconds
-        while not self._is_idle() and not self._stop_now.is_set() and monotonic() < deadline:
+        self._say_leaving()
+        begin = monotonic()
+        deadline, let_go_at = begin + self._parts.drain_seconds, begin + LET_GO_SECONDS
+        while not self._stop_now.is_set() and monotonic() < deadline:
+            if self._is_idle() and (self._let_go or monotonic() > let_go_at):
+                return
             try:
                 await asyncio.wait_for(self._stop_now.wait(), TICK_SECONDS)
             except TimeoutError:
                 continue
+
+    def _say_leaving(self) -> None:
+        """The router answers the heartbeat after it: then all that was sent before it knew is here."""
+        try:
+            self._router.send(Leaving())
+            self._router.send(Heartbeat(self._load()))
+        except SendFailed:
+            self._let_go = True  # there is no router
 
     def _is_idle(self) -> bool:
         return not (len(self._open) or len(self._granted) or len(self._borrowed))
@@ -262,6 +276,8 @@ class Worker:
             if self._epoch is None:
                 self._send_to_router(self._hello())
             else:
+                if self._stopping.is_set():
+                    self._send_to_router(Leaving())  # what was said first may be lost with its connection
                 self._send_to_router(Heartbeat(self._load()))
             await asyncio.sleep(self._heartbeat_interval)
 
@@ -282,7 +298,8 @@ class Worker:
                     raise StartupError(
                         f"the router refused this worker: its {field} is {theirs}, the cluster's is {ours}"
                     )
-                case HeartbeatReply(epoch, known):
+                case HeartbeatReply(epoch, known, leaving):
+                    self._let_go = leaving or not known
                     if epoch != self._epoch or not known:
                         self._epoch = None
                         self._send_to_router(self._hello())
@@ -298,7 +315,10 @@ class Worker:
                 case ReleaseLeases(lease_ids):
                     self._release(lease_ids)
                 case Malformed(reason):
-                    logger.error("the router did not understand a message: %s", reason)
+                    self._log.warning("the router refused a message: %s", reason)
+                    if reason == KEY_REVOKED and self._epoch is not None:
+                        self._epoch = None  # it says Hello from now on, and joins once its key is admitted
+                        self._drop_work()
 
     def _join(self, welcome: Welcome) -> None:
         """A router that welcomes this worker has given it nothing yet: whatever is here is of the past.
@@ -307,19 +327,25 @@ class Worker:
         """
         self._epoch = welcome.epoch
         self._heartbeat_interval = welcome.heartbeat_interval
-        self._engine.post(AbortAll())
-        self._open.clear()
+        self._drop_work()
         # Where the new router moves the KV cache the other way, every connection is the wrong one.
         current = {peer.engine_id for peer in welcome.peers if welcome.pushes == self._peers.pushes}
         for engine_id in self._peers:
             if engine_id not in current:
                 self._forget_peer(engine_id)
+        self._peers.forget_shut_out()
         self._peers.pushes = welcome.pushes
         for peer in welcome.peers:
             self._peers.meet(peer)
         if self._stopping.is_set():
-            self._send_to_router(Leaving())
+            self._let_go = False
+            self._say_leaving()
         logger.info("joined router %s", welcome.epoch)
+
+    def _drop_work(self) -> None:
+        """Nobody waits for any of it any more."""
+        self._engine.post(AbortAll())
+        self._open.clear()
 
     # ---------------------------------------------------------------------------------- engine
 
@@ -386,11 +412,14 @@ class Worker:
             self._peers.reconnect(now)
 
     def _end_pushes(self, now: float) -> None:
-        """Ask again: the question or its answer may have been lost with a connection."""
+        """Ask again: the question or its answer may have been lost with a connection.
+
+        A writer that is shut out can write still: only the router can say that it is gone.
+        """
         for order, (writer, deadline) in list(self._unwanted_pushes.items()):
             if writer in self._peers:
                 self._peers.send(writer, order)
-            elif deadline <= now:
+            elif deadline <= now and not self._peers.is_shut_out(writer):
                 self._lose_writer(writer)
 
     def _lose_writer(self, engine_id: str) -> None:
@@ -400,17 +429,22 @@ class Worker:
         self._engine.post(LoseWriter(engine_id))
 
     def _shut_out(self) -> None:
-        """Other keys are admitted than before: nothing is read from those who are no longer."""
+        """Other keys are admitted than before: nothing is read from those who are no longer, and those who
+        are now are met."""
         self._parts.peer_server.forget_revoked()  # its socket does not hear them from now on
+        self._peers.meet_admitted()
         for engine_id, reason in self._peers.revoked().items():
-            self._forget_peer(engine_id)
-            self._send_to_router(PeerLink(engine_id, error=reason))
+            self._shut_out_peer(engine_id, reason)
+
+    def _shut_out_peer(self, engine_id: str, reason: str) -> None:
+        if self._peers.shut_out(engine_id, reason):
+            self._borrowed.lose_owner(engine_id)
 
     def _forget_peer(self, engine_id: str) -> None:
         if self._peers.forget(engine_id):
             self._borrowed.lose_owner(engine_id)
 
-    def _take_answer(self, engine_id: str, answer: LeasesRenewed | PushEnded) -> None:
+    def _take_answer(self, engine_id: str, answer: PeerReply) -> None:
         """Take what a peer says."""
         match answer:
             case LeasesRenewed():
@@ -418,3 +452,5 @@ class Worker:
             case PushEnded(request_id, attempt):
                 self._unwanted_pushes.pop(EndPush(request_id, attempt), None)
                 self._engine.post(answer)
+            case Malformed(reason) if reason == KEY_REVOKED:
+                self._shut_out_peer(engine_id, reason)

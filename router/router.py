@@ -120,9 +120,10 @@ class Router:
         finally:
             for request in self._ledger:
                 self._end(request, Failed(request.tag, "the router is shutting down", retry=True))
-            self._close()
+            self.close()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Of a router that does not run: `run` does it at its end."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._ports.close()
 
@@ -260,7 +261,7 @@ class Router:
         match message:
             case Heartbeat(load):
                 worker.load = load
-                self._send_to_worker(worker, HeartbeatReply(self._epoch, known=True))
+                self._send_to_worker(worker, HeartbeatReply(self._epoch, known=True, leaving=worker.leaving))
             case StepTokens():
                 self._delivery.take_step(message)
             case CacheUpdate():
@@ -298,6 +299,8 @@ class Router:
                 self._attempts.take_renewal(worker, message)
             case PeerLink(engine_id, lanes, error):
                 self._take_link(worker, engine_id, lanes, error)
+            case Leaving() if worker.leaving:
+                pass  # it says so until it has been heard
             case Leaving():
                 logger.info("%s worker %s is leaving", worker.role, worker.engine_id)
                 worker.leaving = True
@@ -314,7 +317,7 @@ class Router:
         self._attempts.retry_those_of(workers)
 
     def _take_link(self, worker: WorkerEntry, engine_id: str, lanes: str, error: str) -> None:
-        if self._pushes:  # it is the prefill worker that tells, and the decode worker that has the link
+        if self._pushes and worker.role == "prefill":  # which tells of a link that the decode worker has
             target = self._registry.get(engine_id)
             if target is None:
                 return
@@ -324,7 +327,7 @@ class Router:
             worker.broken_links.add(engine_id)
             logger.warning("worker %s has no link to %s: %s", worker.engine_id, engine_id, error)
         elif self._registry.get(engine_id) is not None:
-            worker.links[engine_id] = lanes
+            worker.links[engine_id] = lanes or worker.links.get(engine_id, "")
             worker.broken_links.discard(engine_id)
 
     def _take_cache_update(self, worker: WorkerEntry, update: CacheUpdate) -> None:

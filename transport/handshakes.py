@@ -26,11 +26,7 @@ FAILURES: dict[int, HandshakeFailure] = {
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "protocol",
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "ended",
 }
-HANDSHAKE_FAILURES = (
-    zmq.EVENT_HANDSHAKE_FAILED_AUTH
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-)
+HANDSHAKE_FAILURES = sum(FAILURES)  # each is a bit of its own
 
 
 class HandshakeFailures:

@@ -49,11 +49,13 @@ HEARTBEAT_TIMEOUT_MS = 20_000
 MAX_KNOWN_PEERS = 65_536  # whose keys are remembered, those of connections that are gone included
 OTHER_TYPE = re.compile(r"Invalid value '(\w+)' - at `\$\.type`")  # as msgspec says it
 KEY_REVOKED = "the key of this connection is not admitted any more"
+OTHERS_IDENTITY = "the identity of this connection is that of another key"
 
 Incoming = TypeVar("Incoming")
 
 MessageRefusal = Literal["malformed", "disallowed", "revoked"]
-"""malformed: it does not decode. disallowed: it is one that others may send, and not to this socket.
+"""malformed: it does not decode. disallowed: it is one that others may send, and not to this socket, or
+comes under the name of somebody else.
 revoked: the key of its sender was admitted when he connected and is not any more."""
 
 
@@ -113,7 +115,7 @@ class ServerSocket(Generic[Incoming]):
             self._socket.setsockopt_string(zmq.ZAP_DOMAIN, keys.domain)
             self._socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # else all are let in while nobody answers
         self._admits = keys.admits if keys is not None else None
-        self._keys_of: dict[bytes, str] = {}  # of those who have said something, the last 65 536
+        self._keys_of: dict[bytes, str] = {}  # of the 65 536 who have spoken last
         self._waiting: zmq.Socket[bytes] = zmq.Socket.shadow(self._socket.underlying)
         self._failures = HandshakeFailures(self._socket)
         self._decoder: msgspec.msgpack.Decoder[Incoming] = msgspec.msgpack.Decoder(incoming)
@@ -144,9 +146,11 @@ class ServerSocket(Generic[Incoming]):
                 self._num_in_a_row = 0
                 first, *frames = await self._socket.recv_multipart(copy=False)
                 identity = first.bytes
-            if self._admits is not None and not self._is_admitted(identity, frames[0]):
-                self._refuse(identity, "revoked", KEY_REVOKED)
-                continue
+            if self._admits is not None:
+                refusal = self._refusal_of_key(identity, frames[0])
+                if refusal is not None:
+                    self._refuse(identity, *refusal)
+                    continue
             try:
                 if len(frames) != 1:
                     raise msgspec.DecodeError(f"{len(frames)} frames instead of 1")
@@ -162,16 +166,20 @@ class ServerSocket(Generic[Incoming]):
             frames.append(self._waiting.recv(zmq.NOBLOCK, copy=False))
         return identity, frames
 
-    def _is_admitted(self, identity: bytes, frame: zmq.Frame) -> bool:
-        """Whether the key that the sender has proved at the handshake is admitted still."""
+    def _refusal_of_key(self, identity: bytes, frame: zmq.Frame) -> tuple[MessageRefusal, str] | None:
+        """What is wrong with the key that the sender has proved at the handshake, if anything.
+
+        Who connects may choose an identity that is free: not to be heard as its last owner.
+        """
         assert self._admits is not None
         public_key = str(frame.get("User-Id"))  # the Doorkeeper's word; part of the message, hence exact
         if not self._admits(public_key):
-            return False
-        self._keys_of[identity] = public_key
+            return "revoked", KEY_REVOKED
+        owner = self._keys_of.pop(identity, public_key)
+        self._keys_of[identity] = owner  # as the last one who has spoken
         if len(self._keys_of) > MAX_KNOWN_PEERS:
             del self._keys_of[next(iter(self._keys_of))]
-        return True
+        return None if owner == public_key else ("disallowed", OTHERS_IDENTITY)
 
     def forget_revoked(self) -> list[bytes]:
         """Those who have said something and whose keys are not admitted any more, each once."""

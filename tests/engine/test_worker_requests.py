@@ -15,12 +15,17 @@ from pdengine.transport.messages import (
     Abort,
     Choice,
     Decode,
+    Heartbeat,
+    HeartbeatReply,
     KVLease,
+    Leaving,
+    PeerLink,
     Prefill,
     PrefillAndDecode,
     Prefilled,
     Pushed,
     Reserve,
+    RouterToWorker,
     StepTokens,
     TokenUpdate,
     TransferStats,
@@ -80,6 +85,39 @@ def test_work_that_was_sent_before_the_router_knew_that_the_worker_leaves_is_don
         assert not bench.worker._is_idle(), "the worker waits for it"
 
     on_loop(check)
+
+
+def test_an_idle_worker_leaves_when_the_router_knows_that_it_does() -> None:
+    async def run() -> None:
+        bench = Bench(drain_seconds=60)
+        bench.join()
+        words: asyncio.Queue[RouterToWorker] = asyncio.Queue()
+        bench.worker._router.receive = words.get  # type: ignore[method-assign]
+        hearing = asyncio.create_task(bench.worker._receive_from_router())
+        draining = asyncio.create_task(bench.worker._drain_when_asked())
+
+        async def hear(*said: RouterToWorker) -> None:
+            for word in said:
+                words.put_nowait(word)
+            while not words.empty():
+                await asyncio.sleep(0)
+            await asyncio.sleep(0)
+
+        bench.worker.stop()
+        await hear(HeartbeatReply("epoch", known=True))  # the answer to a heartbeat before
+        assert not draining.done()
+        assert [type(message) for message in bench.sent] == [Leaving, Heartbeat]
+        crossed = make_work("crossed", [1], choices(1), max_tokens=2)
+        await hear(PrefillAndDecode(crossed), HeartbeatReply("epoch", known=True, leaving=True))
+        assert isinstance(bench.posted[-1], AddRequest)
+        assert not draining.done(), "it waits for what has crossed"
+        bench.worker._open.clear()
+        async with asyncio.timeout(20):
+            await draining
+        hearing.cancel()
+        bench.context.destroy(linger=0)
+
+    asyncio.run(run())
 
 
 def test_answers_that_differ_already_need_not_all_be_written_at_once() -> None:
@@ -146,10 +184,27 @@ def test_a_request_has_ended_when_all_its_answers_have(event: Event, ends: bool)
 
 def test_only_the_answers_that_go_on_are_waited_for_after_a_push() -> None:
     def check(bench: Bench) -> None:
+        bench.join(bench.writer_descriptor)
         take(bench, make_work("request", [1], choices(3), max_tokens=2), Mode.DECODE)
         bench.worker._intake.take(Decode(make_work("request", [1], [Choice(2, [7])], max_tokens=2), None))
         bench.worker._handle_events([StepTokens([TokenUpdate("request", 1, 2, 1, 5, "length")])])
         assert bench.worker._is_idle()
+        bench.worker._forget_peer("writer")
+
+    on_loop(check)
+
+
+def test_no_blocks_are_reserved_for_a_writer_that_is_not_known_here() -> None:
+    """It could never be asked whether it still writes to them. The router hears of the pair first."""
+
+    def check(bench: Bench) -> None:
+        take(bench, make_work("request", [1], choices(1), max_tokens=2), Mode.DECODE)
+        assert [type(command) for command in bench.posted] == [AbortAll]
+        link, failed = bench.sent
+        assert isinstance(link, PeerLink)
+        assert (link.engine_id, bool(link.error)) == ("writer", True)
+        assert isinstance(failed, WorkFailed)
+        assert failed.retry
 
     on_loop(check)
 

@@ -40,7 +40,7 @@ class Bench:
     """A worker on the loop, with an engine that only remembers, and the socket of a prefill worker. keys: the
     worker's file."""
 
-    def __init__(self, keys: Path | None = None) -> None:
+    def __init__(self, keys: Path | None = None, *, drain_seconds: float = 0.0) -> None:
         self.context = zmq.asyncio.Context()
         self.keys = WorkerKeys(self.context, keys) if keys is not None else None
         self.writer = ServerSocket[PeerRequest](self.context, PeerRequest)
@@ -54,7 +54,7 @@ class Bench:
             block_size=BLOCK_SIZE,
             max_requests=4,
             lease_seconds=LEASE_SECONDS,
-            drain_seconds=0.0,
+            drain_seconds=drain_seconds,
             router_address="tcp://127.0.0.1:1",
             context=self.context,
             peer_server=ServerSocket[PeerRequest](

@@ -125,6 +125,27 @@ async def test_a_request_that_ends_with_its_first_token_gives_its_blocks_back() 
         assert (await decode.expect(Abort)).request_id == work.request_id
 
 
+@on_event_loop
+async def test_a_decode_worker_can_refuse_a_writer_and_take_it_back() -> None:
+    """The prefill worker tells of the same link: whoever tells, it is the decode worker's."""
+    async with pushing() as (cluster, prefill, decode):
+        for teller, other in ((decode, prefill), (prefill, decode)):
+            teller.send(PeerLink(other.engine_id, error="its key is not admitted here"))
+            await teller.sync()
+            entry = cluster.router._registry.get(decode.engine_id)
+            assert entry is not None
+            assert entry.broken_links == {prefill.engine_id}
+            answer = asyncio.create_task(cluster.client.generate("The red violin", max_tokens=3))
+            whole = (await prefill.expect(PrefillAndDecode)).work
+            prefill.send_tokens(whole, RED, finish_reason="stop")
+            await answer
+            teller.send(PeerLink(other.engine_id))
+            await teller.sync()
+            answer, work = await reserve(cluster, decode)
+            await finish(prefill, decode, await prefill_for(prefill, decode, work))
+            await answer
+
+
 @pytest.mark.parametrize("reserved", [False, True])
 @on_event_loop
 async def test_a_cancelled_request_is_taken_back_from_both(reserved: bool) -> None:

@@ -22,6 +22,7 @@ from pdengine.transport.messages import Malformed, PeerReply, PeerRequest, Relea
 from pdengine.transport.sockets import (
     CURVE_BYTES,
     KEY_REVOKED,
+    OTHERS_IDENTITY,
     PeerSocket,
     ServerSocket,
 )
@@ -248,6 +249,38 @@ async def test_the_keys_of_those_who_were_here_take_a_bounded_memory(
         write_key_file(door.path, ROUTER, overwrite=True)
         assert not await door.gets_in("clients", CLIENT.to_connect())
         assert len(door.servers["clients"].forget_revoked()) == 2
+
+
+@on_event_loop
+async def test_the_keys_of_those_who_spoke_last_are_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of those who came last: an old connection that is in use is found when its key is taken away."""
+    monkeypatch.setattr(sockets, "MAX_KNOWN_PEERS", 2)
+    async with open_door(tmp_path) as door:
+        server, identities = door.servers["clients"], []
+        peers = [door.knock("clients", CLIENT.to_connect()) for _ in range(3)]
+        for number in (0, 1, 0, 2):
+            peers[number].send(ReleaseLeases([number]))
+            identities.append((await server.receive())[0])
+        assert list(server._keys_of) == [identities[0], identities[3]]
+
+
+@on_event_loop
+async def test_nobody_is_heard_under_the_identity_of_another_key(tmp_path: Path) -> None:
+    async with open_door(tmp_path) as door:
+        server, peer = door.servers["clients"], door.knock("clients", CLIENT.to_connect())
+        peer.send(ReleaseLeases([1]))
+        identity, _ = await server.receive()
+        server._keys_of[identity] = OPERATOR.public_key  # had that identity before
+        receiving = asyncio.create_task(server.receive())
+        peer.send(ReleaseLeases([2]))
+        assert await peer.receive() == Malformed(OTHERS_IDENTITY)
+        assert not receiving.done()
+        assert server.refused_messages == {"malformed": 0, "disallowed": 1, "revoked": 0}
+        del server._keys_of[identity]
+        peer.send(ReleaseLeases([3]))
+        assert await receiving == (identity, ReleaseLeases([3]))
 
 
 @on_event_loop

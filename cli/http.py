@@ -115,6 +115,14 @@ def http_config(
     )
 
 
+def address_list(text: str) -> tuple[str, ...]:
+    """Addresses between commas, without blanks and empty parts. Raises BadParameter if there is none."""
+    addresses = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not addresses:
+        raise click.BadParameter("there is no address in it", param_hint="--router")
+    return addresses
+
+
 @click.command()
 @model_options
 @log_options
@@ -159,7 +167,7 @@ def http(
         settings = http_config(
             resolve_model(model, revision=revision or None),
             http_address=http_address,
-            router_addresses=tuple(clients_address.split(",")),
+            router_addresses=address_list(clients_address),
             served_model_name=served_model_name,
             api_keys=api_keys,
             insecure=insecure,

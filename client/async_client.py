@@ -154,6 +154,11 @@ class AsyncClient:
         """Whether a router takes requests now."""
         return any(each.usable for each in self._connections)
 
+    @property
+    def usable_addresses(self) -> list[str]:
+        """Of the routers that take requests now."""
+        return [each.address for each in self._connections if each.usable]
+
     def wake(self) -> None:
         self._changed.set()
         self._changed.clear()

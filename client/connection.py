@@ -11,7 +11,7 @@ from pdengine.client.results import GenerateError, RouterUnavailable
 from pdengine.transport import messages
 from pdengine.transport.keys import PeerKeys
 from pdengine.transport.messages import ClientToRouter, RouterToClient
-from pdengine.transport.sockets import LINGER_MS, MAX_REQUEST_BYTES, PeerSocket, SendFailed
+from pdengine.transport.sockets import KEY_REVOKED, LINGER_MS, MAX_REQUEST_BYTES, PeerSocket, SendFailed
 
 INQUIRE_SECONDS = 15.0  # of silence, until a request asks whether the router still has it
 PROBE_SECONDS = 1.0  # of silence, until a router that has requests is asked whether it is there
@@ -138,9 +138,9 @@ class Connection:
                     self._stalled = False
                     self._on_change()
             elif self.listeners or self._stalled:
-                if num_probes == MAX_PROBES and not self._stalled:
+                if num_probes >= MAX_PROBES:
                     self._stalled = True
-                    self._on_stall(self)
+                    self._on_stall(self)  # at each turn: another router may be there only later
                 num_probes += 1
                 with suppress(ConnectionLost):
                     self.send(messages.Inquire(NO_TAG))
@@ -151,6 +151,9 @@ class Connection:
             case messages.Deltas(deltas):
                 for delta in deltas:
                     self._pass_on(delta.tag, delta)
+            case messages.Malformed(reason) if reason == KEY_REVOKED:
+                self._avoid()  # another router may still admit it
+                self.tell_all(ConnectionLost, f"the router at {self.address} refused it: {reason}")
             case messages.Malformed(reason):
                 self.tell_all(RouterUnavailable, f"the router did not understand: {reason}")
             case messages.Failed(tag, _, retry):

@@ -30,10 +30,17 @@ def load_sampling_defaults(directory: Path) -> SamplingDefaults:
     return SamplingDefaults(
         temperature=_number(fields, "temperature", 1.0, 0, 100),
         top_p=_number(fields, "top_p", 1.0, 1e-9, 1),
-        top_k=int(_number(fields, "top_k", 0, 0, 2**31 - 1)),
+        top_k=_top_k(fields),
         min_p=_number(fields, "min_p", 0.0, 0, 1),
         repetition_penalty=_number(fields, "repetition_penalty", 1.0, 0.01, 100),
     )
+
+
+def _top_k(fields: JsonFields) -> int:
+    value = _number(fields, "top_k", 0, -1, 2**31 - 1)  # -1 is all tokens, as in a request
+    if value != int(value):
+        raise fields.error("top_k", "must be an integer")
+    return int(value)
 
 
 def _number(fields: JsonFields, name: str, default: float, low: float, high: float) -> float:

@@ -11,7 +11,7 @@ from time import monotonic
 
 import msgspec
 
-from pdengine.client import AsyncClient, Cancelled, Failed, Rejected, RouterUnavailable
+from pdengine.client import AsyncClient, Cancelled, Failed, Rejected
 from pdengine.client.connection import INQUIRE_SECONDS, ConnectionLost, Listener, Reply, RouterStalled
 from pdengine.client.results import GenerateError
 from pdengine.router.http.metrics import HttpMetrics
@@ -46,7 +46,7 @@ class Answer:
         self._last_at: dict[int, float] = {}  # by choice
         self._heard = False
         self._silence: asyncio.TimerHandle | None = None
-        self._listener: Listener = lambda _: None
+        self._listener: Listener = _deaf
         self._retries_left = RETRIES
         self.request_id: str | None = None
         self.prompt_logprobs: list[TokenLogprobs] | None = None
@@ -66,7 +66,7 @@ class Answer:
 
     def ask_elsewhere(self, error: GenerateError) -> bool:
         """Send the request again, if it is the router that failed, no token has come and another router is
-        there at once. Returns whether it has been sent."""
+        there at once. Returns whether it has been tried: what goes wrong then, the listener is told."""
         of_router = isinstance(error, ConnectionLost) or (isinstance(error, Failed) and error.retry)
         if not of_router or self._last_at or not self._retries_left or not self._client.has_usable_router:
             return False
@@ -75,8 +75,8 @@ class Answer:
         self.request_id = self.prompt_logprobs = None
         try:
             self.ask(self._listener)
-        except GenerateError:
-            return False
+        except GenerateError as failure:
+            self._listener(failure)
         return True
 
     def cancel(self) -> None:
@@ -84,6 +84,11 @@ class Answer:
         if self._tag is not None:
             self._client.cancel(self._tag)
             self._forget()
+
+    def end(self) -> None:
+        """Cancel, and let go of the listener: if it has this, both would wait for the garbage collection."""
+        self.cancel()
+        self._listener = _deaf
 
     def observe(self, delta: Delta) -> None:
         """Count when it came."""
@@ -130,7 +135,7 @@ class Answer:
         if not self._heard:
             try:
                 self._client.send(Inquire(self._tag))
-            except RouterUnavailable as error:
+            except GenerateError as error:
                 self._listener(error)
                 return
         self._heard = False
@@ -175,8 +180,10 @@ class Answers:
         """End what has not ended, and wake whoever waits for it; idempotent."""
         self._cancelled = True
         for answer in self._answers:
-            answer.cancel()
+            answer.end()
         self._is_read = False
+        self.take_at_once = _never
+        self._waiting.clear()
         self._arrived.set()
 
     async def batches(self) -> AsyncGenerator[tuple[int, list[Delta]]]:
@@ -197,7 +204,10 @@ class Answers:
             for item in deltas.items():
                 yield item
             if error is not None:
-                raise error
+                try:
+                    raise error.with_traceback(None)
+                finally:
+                    del error  # its traceback has this frame: both would wait for the garbage collection
 
     def _take_waiting(self) -> tuple[dict[int, list[Delta]], GenerateError | None]:
         """The deltas that are there, by prompt, and the error that came after them, if one did."""
@@ -242,3 +252,7 @@ class Answers:
 
 def _never(_index: int, _delta: Delta) -> bool:
     return False
+
+
+def _deaf(_reply: Reply) -> None:
+    pass

@@ -20,7 +20,7 @@ from pdengine.router.admission import InvalidRequest
 from pdengine.router.http import replies
 from pdengine.router.http.body import BodyLimits
 from pdengine.router.http.completions import complete, complete_chat
-from pdengine.router.http.door import Door, own_request_id
+from pdengine.router.http.door import OWN_ID, Door
 from pdengine.router.http.errors import ApiError, error_response, of_outcome, of_validation
 from pdengine.router.http.fields import check_unknown
 from pdengine.router.http.prompts import conversation_of, encode
@@ -79,7 +79,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 
 def _id_of(request: Request) -> str:
     """The client's own id for it, or a new one."""
-    own = own_request_id(request.headers.get("x-request-id", "").encode("latin-1"))
+    own: bytes | None = request.scope[OWN_ID]
     return uuid4().hex if own is None else own.decode()
 
 
@@ -192,12 +192,14 @@ def _responses(
     if streams:
         content["text/event-stream"] = {}  # readers differ on whether a schema is of one event or of all
     responses: Responses = {200: {"description": "OK", "content": content}}
-    for status in sorted(errors):
-        responses[status] = {
-            "description": HTTPStatus(status).phrase,
-            "content": {"application/json": {"schema": _reference(replies.ErrorReply)}},
-        }
-    return responses
+    return responses | {status: _error(status) for status in sorted(errors)}
+
+
+def _error(status: int) -> dict[str, Any]:
+    return {
+        "description": HTTPStatus(status).phrase,
+        "content": {"application/json": {"schema": _reference(replies.ErrorReply)}},
+    }
 
 
 def _reference(struct: type[msgspec.Struct]) -> dict[str, str]:
@@ -218,7 +220,7 @@ def _openapi(app: FastAPI, *, has_keys: bool) -> dict[str, Any]:
             operation["responses"].pop("422", None)  # such errors are 400 here, as OpenAI's clients expect
             if has_keys and path not in ("/live", "/ready") and method.upper() in HTTPMethod.__members__:
                 operation["security"] = [{"key": []}]
-                operation["responses"]["401"] = _responses(replies.State, (401,))[401]
+                operation["responses"]["401"] = _error(401)
     if has_keys:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for unused in ("HTTPValidationError", "ValidationError"):

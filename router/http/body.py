@@ -103,6 +103,8 @@ class Body:
         self._num_bytes += len(piece)
         if self._num_bytes > limits.max_bytes:
             raise too_large(limits.max_bytes)
+        if b"\0" in piece:  # it would be parsed as UTF-16 or UTF-32, of which nothing can be counted here
+            raise _refusal(HTTPStatus.BAD_REQUEST, "the body must be UTF-8, and there is a zero byte in it")
         values = self._without_strings(piece)
         self.num_commas += values.count(b",")
         self.num_openings += sum(values.count(opening) for opening in OPENINGS)

@@ -1,6 +1,7 @@
 """A shorter way out for the chunks of a streamed response, of which there is one per token."""
 
 import asyncio
+import weakref
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -62,10 +63,16 @@ def _flush_all(unflushed: list[ChunkWriter]) -> None:
 def offer_chunks(cycle: RequestResponseCycle, unflushed: list[ChunkWriter]) -> None:
     """Let whoever answers this request write chunks. unflushed: one list for all requests of a loop."""
     extensions = cast(dict[str, Any], cycle.scope).setdefault("extensions", {})
-    extensions[EXTENSION] = ChunkWriter(cycle, unflushed)
+    # Weakly, for the cycle has the scope: each request would wait for the garbage collection otherwise.
+    extensions[EXTENSION] = weakref.ref(cycle), unflushed
 
 
 def chunk_writer(scope: Mapping[str, Any]) -> ChunkWriter | None:
     """None where another server has made the scope."""
-    writer = scope.get("extensions", {}).get(EXTENSION)
-    return writer if isinstance(writer, ChunkWriter) else None
+    found, unflushed = scope.get("extensions", {}).get(EXTENSION, (_nothing, []))
+    cycle = found()
+    return None if cycle is None else ChunkWriter(cycle, unflushed)
+
+
+def _nothing() -> None:
+    return None

@@ -15,11 +15,7 @@ from pdengine.router.admission import MAX_TOKENS_OF_CHOICES
 from pdengine.router.http.answers import Answers
 from pdengine.router.http.chunks import ChunkWriter, chunk_writer
 from pdengine.router.http.errors import LOGGED, ApiError, ClientGone, error_body, of_outcome
-from pdengine.router.http.fields import (
-    NEUTRAL,
-    NEUTRAL_IN_CHAT,
-    check_unknown,
-)
+from pdengine.router.http.fields import NEUTRAL, NEUTRAL_IN_CHAT, check_unknown
 from pdengine.router.http.prompts import Asked, conversation_of, prompts_of
 from pdengine.router.http.replies import Usage, total_usage
 from pdengine.router.http.requests import ChatBody, CompletionBody, SamplingBody, extras
@@ -33,12 +29,7 @@ from pdengine.router.http.shapes import (
     WholeAnswer,
     error_event,
 )
-from pdengine.transport.messages import (
-    Delta,
-    Generate,
-    TextPrompt,
-    TokenLogprobs,
-)
+from pdengine.transport.messages import Delta, Generate, TextPrompt, TokenLogprobs
 
 logger = logging.getLogger(__name__)
 
@@ -292,13 +283,18 @@ class AnswerResponse(Response):
         except GenerateError as error:
             if not self._started or self._client_gone:
                 raise
-            last = error_event(error_body(of_outcome(error, self._prompt_field)))
-            await send({"type": "http.response.body", "body": last})
+            await self._end(send, error_event(error_body(of_outcome(error, self._prompt_field))))
             self._log("failed", answers, str(error))
             return
         usage = shape.usage_event(self._usage(answers)) if self._body.includes_usage else b""
-        await send({"type": "http.response.body", "body": usage + DONE})
+        await self._end(send, usage + DONE)
         self._log("finished", answers)
+
+    async def _end(self, send: Send, last: bytes) -> None:
+        """End a stream, with `last` behind all that has been written."""
+        if self._writer is not None:
+            self._writer.flush()
+        await send({"type": "http.response.body", "body": last})
 
     async def _openings(self, index: int) -> list[bytes]:
         """The events with which the answers to this prompt begin."""

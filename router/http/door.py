@@ -20,14 +20,9 @@ logger = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/live", "/ready"})  # for probes, which have no key
 
-
 REQUEST_ID = b"x-request-id"
-OWN_REQUEST_ID = re.compile(rb"[!-~]{1,128}")
-
-
-def own_request_id(value: bytes) -> bytes | None:
-    """What a client calls its request, by its header X-Request-Id, if it can stand in logs and answers."""
-    return value if OWN_REQUEST_ID.fullmatch(value) else None
+OWN_REQUEST_ID = re.compile(rb"[!-~]{1,128}")  # of a client; what can stand in logs and answers
+OWN_ID = "pdengine.own_request_id"  # in an ASGI scope: the header's value, or None without one that is taken
 
 
 class Door:
@@ -57,7 +52,8 @@ class Door:
         status = int(HTTPStatus.INTERNAL_SERVER_ERROR)  # if nothing is ever sent
         is_early = False
         headers = dict(scope["headers"])
-        own_id = own_request_id(headers.get(REQUEST_ID, b""))
+        given_id = headers.get(REQUEST_ID, b"")
+        own_id = scope[OWN_ID] = given_id if OWN_REQUEST_ID.fullmatch(given_id) else None
         is_empty = b"content-length" not in headers and b"transfer-encoding" not in headers
         body = Body(receive, self._limits, self._arriving, is_empty=is_empty)
 

@@ -30,6 +30,9 @@ class Conversation:
 
 Asked: TypeAlias = TextPrompt | TokenPrompt | Conversation
 
+# They are parsed on the loop, and what stands in strings is not counted when the body arrives.
+MAX_ARGUMENTS_CHARACTERS = 64 * 2**10
+
 
 def prompts_of(body: CompletionBody) -> list[Asked]:
     match body.prompt:
@@ -42,9 +45,19 @@ def prompts_of(body: CompletionBody) -> list[Asked]:
 
 
 def conversation_of(messages: list[ChatMessageBody], body: TemplateBody) -> Conversation:
-    """Raises ApiError for a field of a message that the prompt would not show, and for two ends of it."""
+    """Raises ApiError for a field of a message that the prompt would not show, for two ends of it, and for
+    tool calls with long arguments."""
     for index, message in enumerate(messages):
         check_unknown(extras(message), NEUTRAL_IN_MESSAGE, where=f"messages[{index}].")
+    calls = [call for message in messages for call in message.tool_calls or ()]
+    num_characters = sum(len(call.function.arguments) for call in calls)
+    if num_characters > MAX_ARGUMENTS_CHARACTERS:
+        raise ApiError(
+            HTTPStatus.BAD_REQUEST,
+            f"messages: the arguments of tool_calls have {num_characters} characters in all, the limit is "
+            f"{MAX_ARGUMENTS_CHARACTERS}",
+            param="messages",
+        )
     if body.continue_final_message and body.add_generation_prompt:
         raise ApiError(
             HTTPStatus.BAD_REQUEST,
@@ -101,7 +114,7 @@ def _of_call(call: ToolCall) -> dict[str, Any]:
     """Templates expect arguments as an object."""
     try:
         arguments = json.loads(call.function.arguments or "{}")
-    except ValueError:  # the model wrote it so
+    except (ValueError, RecursionError):  # the model wrote it so
         arguments = call.function.arguments
     function = {"name": call.function.name, "arguments": arguments}
     return {"id": call.id, "type": call.type, "function": function}

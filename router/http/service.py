@@ -1,7 +1,7 @@
 """What the endpoints share: the connection to the router, the tokenizer, and who may ask for how much."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http import HTTPStatus
@@ -119,20 +119,37 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function)
 
     async def status(self) -> Status:
-        """How the router is, or was a moment ago. Raises ApiError if it does not answer."""
+        """How the router is, or was a moment ago. Of several, one that has workers if any has, and of those
+        the one whose workers take the shortest requests: any of them may get the next one. Raises ApiError if
+        none answers."""
         async with self._asking:
             if monotonic() - self._asked_at > STATUS_AGE_SECONDS:
-                try:
-                    async with asyncio.timeout(STATUS_SECONDS):
-                        self._status = await self.client.status()
-                except (TimeoutError, RouterUnavailable):
-                    self._status = f"no router answers at {', '.join(self.config.router_addresses)}"
-                except GenerateError as error:
-                    self._status = str(error)
+                self._status = await self._ask_routers()
                 self._asked_at = monotonic()
             if isinstance(self._status, str):
                 raise unavailable(self._status)
             return self._status
+
+    async def _ask_routers(self) -> Status | str:
+        addresses: Sequence[str | None] = self.client.usable_addresses or [None]
+        replies = await asyncio.gather(*(self._status_of(address) for address in addresses))
+        statuses = [reply for reply in replies if isinstance(reply, Status)]
+        if not statuses:
+            return "; ".join(reply for reply in replies if isinstance(reply, str))
+        return min(
+            [status for status in statuses if status.workers] or statuses,
+            key=lambda status: inf if status.max_request_tokens is None else status.max_request_tokens,
+        )
+
+    async def _status_of(self, address: str | None) -> Status | str:
+        """What the router there says, None being any; or why it says nothing."""
+        try:
+            async with asyncio.timeout(STATUS_SECONDS):
+                return await self.client.status(address)
+        except (TimeoutError, RouterUnavailable):
+            return f"no router answers at {address or ', '.join(self.config.router_addresses)}"
+        except GenerateError as error:
+            return str(error)
 
     async def max_request_tokens(self) -> int:
         """Tokens of prompt and answer together that the workers take. Raises ApiError if there are none."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from pdengine.cli.http import address_list
 from pdengine.cli.main import main
 from pdengine.models.demo.facts import checkpoint_directory
 from pdengine.router.http.config import (
@@ -46,6 +47,13 @@ def test_what_cannot_be_served_is_refused(
     assert result.exit_code == 1
     [line] = [line for line in result.output.splitlines() if line.startswith("Error: ")]
     assert reason in line
+
+
+def test_a_list_of_routers() -> None:
+    assert address_list("tcp://a:1, tcp://b:2 ,,") == ("tcp://a:1", "tcp://b:2")
+    result = CliRunner().invoke(main, ["http", "--model", str(checkpoint_directory()), "--router", " ,"])
+    assert result.exit_code == 2
+    assert "there is no address in it" in result.output
 
 
 def test_exposure() -> None:

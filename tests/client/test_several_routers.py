@@ -31,6 +31,7 @@ from pdengine.client import (
 from pdengine.client.connection import Connection
 from pdengine.transport import messages
 from pdengine.transport.messages import Cancel, Generate, Inquire, PrefillAndDecode
+from pdengine.transport.sockets import KEY_REVOKED
 
 T = TypeVar("T")
 
@@ -297,6 +298,26 @@ async def test_who_cannot_go_elsewhere_waits_for_a_router_that_stands_still(
         assert all(router.received == [] for router in routers)
 
 
+@on_event_loop
+async def test_a_request_leaves_a_router_that_stands_still_when_another_one_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pdengine.client.connection.PROBE_SECONDS", 0.01)
+    async with routers_and_client(2) as (routers, client):
+        await routers[1].kill()
+        await until_down(client, routers[1].address)
+        task = asyncio.create_task(client.generate([7]))
+        request = await routers[0].expect(Generate)
+        connection = client._connection_of[request.tag]
+        routers[0].stalled = True
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while connection.usable:
+                await asyncio.sleep(0.001)
+        routers[1] = await routers[1].restart()
+        await routers[1].answer(1)
+        assert (await soon(task)).token_ids == [1]
+
+
 @pytest.mark.parametrize("retries", [0, 2])
 @on_event_loop
 async def test_retries_have_a_bound(monkeypatch: pytest.MonkeyPatch, retries: int) -> None:
@@ -334,6 +355,42 @@ async def test_what_has_its_own_reason_is_not_tried_again(
             await soon(task)
         await client.status(routers[1].address)
         assert routers[1].received == []
+
+
+@on_event_loop
+async def test_a_router_that_does_not_admit_the_client_any_more_is_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It refuses at once, and so has always the fewest requests."""
+    monkeypatch.setattr("pdengine.client.connection.AVOID_SECONDS", 1000.0)
+    async with routers_and_client(2) as (routers, client):
+        tasks = [asyncio.create_task(client.generate([7])) for _ in range(4)]
+        for _ in range(2):
+            await routers[0].expect(Generate)
+        routers[0].send(messages.Malformed(KEY_REVOKED))
+        for token in range(4):
+            await routers[1].answer(token)
+        assert sorted([(await soon(task)).token_ids for task in tasks]) == [[token] for token in range(4)]
+        await asyncio.gather(client.generate([7]), routers[1].answer(1))
+        routers[0].received.clear()  # a Cancel of each
+        stream, first = await begin(client)
+        await routers[1].expect(Generate)
+        routers[1].send(messages.Malformed(KEY_REVOKED))
+        while client.has_usable_router:
+            await asyncio.sleep(0.001)
+        await stream.aclose()
+        await asyncio.gather(first, return_exceptions=True)
+
+
+@on_event_loop
+async def test_what_a_revoked_key_is_told() -> None:
+    async with routers_and_client(1, retries=0) as (routers, client):
+        task = asyncio.create_task(client.generate([7]))
+        await routers[0].expect(Generate)
+        routers[0].send(messages.Malformed(KEY_REVOKED))
+        with pytest.raises(RouterUnavailable) as raised:
+            await soon(task)
+        assert str(raised.value) == f"the router at {routers[0].address} refused it: {KEY_REVOKED}"
 
 
 # --------------------------------------------------------------------------- cancel and deadline

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence
 
 import pytest
-from fake_cluster import on_event_loop
+from fake_cluster import DEADLINE_SECONDS, on_event_loop
 
 from pdengine.client import Cancelled, Failed
 from pdengine.client.connection import ConnectionLost, Listener, Reply, RouterStalled
@@ -23,6 +23,7 @@ class ScriptedClient:
     def __init__(self, *replies: Reply) -> None:
         self._replies: Sequence[Reply] = replies
         self.replies_elsewhere: Sequence[Reply] = ()
+        self.num_lost = 0  # requests after the first that it cannot send
         self.sent: list[Message] = []
         self.cancelled: list[int] = []
         self.forgotten: list[int] = []
@@ -37,6 +38,9 @@ class ScriptedClient:
         return 7
 
     def send(self, message: Message) -> None:
+        if self.sent and self.num_lost:
+            self.num_lost -= 1
+            raise ConnectionLost("it went this moment")
         self.sent.append(message)
         if isinstance(message, Generate):
             replies, self._replies = self._replies, self.replies_elsewhere
@@ -153,6 +157,26 @@ async def test_another_router_is_asked_while_no_token_has_come(error: Reply) -> 
     assert answers.request_ids == ["second"]
     assert len(client.sent) == 2
     assert (client.cancelled, client.forgotten) == ([7], [7, 7])
+
+
+@pytest.mark.parametrize("num_lost", [1, RETRIES])
+@pytest.mark.parametrize("error", OF_ROUTER, ids=lambda error: type(error).__name__)
+@on_event_loop
+async def test_a_request_that_cannot_be_sent_elsewhere_is_sent_again_or_fails(
+    error: Reply, num_lost: int
+) -> None:
+    """Nobody has it any more: not even a router that stands still would go on."""
+    client = ScriptedClient(error)
+    client.replies_elsewhere = [*deltas("a"), FINISHED]
+    client.has_usable_router = True
+    client.num_lost = num_lost
+    batches = answers_of(client).batches()
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        if num_lost < RETRIES:
+            assert [batch async for batch in batches] == [(0, deltas("a"))]
+        else:
+            with pytest.raises(ConnectionLost, match="it went this moment"):
+                await anext(batches)
 
 
 @pytest.mark.parametrize("error", OF_ROUTER[:2], ids=lambda error: type(error).__name__)

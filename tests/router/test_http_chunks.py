@@ -1,26 +1,32 @@
 """Tokens on the short way out of the HTTP server; on the long one for a client that does not read."""
 
 import asyncio
+import gc
 import json
 import socket
+import weakref
+from collections.abc import Mapping
 from io import BytesIO
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fake_cluster import DEADLINE_SECONDS, on_event_loop, token_update
-from http_service import TEXT, events_of, served
+from http_service import TEXT, error_of, events_of, served
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from pdengine.models.demo.facts import checkpoint_directory
 from pdengine.models.tokenizer import Tokenizer
+from pdengine.router.http import completions, server
+from pdengine.router.http.answers import Answers
 from pdengine.router.http.chunks import ChunkWriter, chunk_writer, offer_chunks
 from pdengine.router.http.logprobs import TokenNames
 from pdengine.router.http.metrics import LATENCY_BUCKETS, LatencyHistogram
 from pdengine.router.http.shapes import ChatShape, CompletionShape
-from pdengine.transport.messages import Delta, FinishReason, StepTokens
+from pdengine.transport.messages import Delta, FinishReason, StepTokens, WorkFailed
 
 NAMES = TokenNames(Tokenizer.load(checkpoint_directory()))
 NUM_CHOICES, NUM_TOKENS = 32, 1000  # more bytes than the buffers of a connection hold
@@ -127,6 +133,53 @@ def test_the_histogram_is_exposed_as_that_of_the_library(values: list[float]) ->
         reference.observe(value)
     lines = generate_latest(theirs).decode().splitlines()
     assert generate_latest(ours).decode().splitlines() == [line for line in lines if "_created" not in line]
+
+
+@on_event_loop
+async def test_what_a_request_needed_is_gone_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the garbage collection, which is rare; also what a connection's next request replaces."""
+    kept: list[weakref.ref[object]] = []
+    cycles: list[weakref.ref[object]] = []
+
+    class KeptAnswers(Answers):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            kept.append(weakref.ref(self))
+
+    def offer_kept(cycle: RequestResponseCycle, unflushed: list[ChunkWriter]) -> None:
+        cycles.append(weakref.ref(cycle))
+        offer_chunks(cycle, unflushed)
+
+    def kept_writer(scope: Mapping[str, Any]) -> ChunkWriter | None:
+        writer = chunk_writer(scope)
+        assert writer is not None
+        kept.append(weakref.ref(writer))
+        return writer
+
+    monkeypatch.setattr(completions, "Answers", KeptAnswers)
+    monkeypatch.setattr(completions, "chunk_writer", kept_writer)
+    monkeypatch.setattr(server, "offer_chunks", offer_kept)
+    async with served() as service:
+        gc.disable()
+        try:
+            for stream in (False, True):
+                answer = service.start(max_tokens=2, stream=stream)
+                work = await service.work()
+                service.worker.send_tokens(work, 300, 301, finish_reason="length")
+                assert (await answer).status_code == 200
+                answer = service.start(stream=stream)
+                work = await service.work()
+                service.worker.send(WorkFailed(work.request_id, work.attempt, "out of luck", retry=False))
+                error_of(await answer, 503)
+            for _ in range(2):
+                assert (await service.client.get("/live")).status_code == 200
+            assert len(kept) >= 8
+            assert len(cycles) == 6
+            async with asyncio.timeout(DEADLINE_SECONDS):
+                while any(ref() is not None for ref in [*kept, *cycles[:-1]]):
+                    await asyncio.sleep(0.001)  # the server's thread may not be through
+        finally:
+            gc.enable()
 
 
 async def read_all(connection: socket.socket) -> bytes:

@@ -106,6 +106,16 @@ def test_what_stands_in_strings_is_not_counted(value: Any, data: st.DataObject) 
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
+@on_event_loop
+async def test_a_body_that_is_not_utf_8_is_refused(encoding: str) -> None:
+    """What it costs could not be counted."""
+    content = json.dumps({"prompt": "a"}).encode(encoding)
+    with pytest.raises(ApiError, match="must be UTF-8") as refused:
+        await Body(receiving([content]), LIMITS, Arriving(), is_empty=False).receive()
+    assert refused.value.status_code == 400
+
+
 @pytest.mark.parametrize(
     "head",
     [

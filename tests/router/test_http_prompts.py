@@ -15,6 +15,8 @@ from pdengine.models.checkpoint import CheckpointError
 from pdengine.models.demo.facts import checkpoint_directory
 from pdengine.models.generation_config import SamplingDefaults, load_sampling_defaults
 from pdengine.models.tokenizer import Tokenizer
+from pdengine.router.http.prompts import conversation_of
+from pdengine.router.http.requests import TokenizeBody
 from pdengine.transport.messages import SamplingParams
 
 TOKENIZER = Tokenizer.load(checkpoint_directory())
@@ -119,6 +121,15 @@ async def test_what_the_chat_template_is_told(checkpoint: Path) -> None:
         assert (await service.client.post("/tokenize", json=fields)).json()["tokens"] == expected
 
 
+def test_arguments_that_are_nested_too_deep_are_shown_as_they_are() -> None:
+    arguments = "[" * 60_000
+    messages = [{"role": "assistant", "tool_calls": [call(arguments)]}]
+    body = TokenizeBody.model_validate({"messages": messages})
+    assert body.messages is not None
+    [message] = conversation_of(body.messages, body).messages
+    assert message["tool_calls"][0]["function"]["arguments"] == arguments
+
+
 @on_event_loop
 async def test_special_tokens_of_a_prompt() -> None:
     async with served() as service:
@@ -190,6 +201,20 @@ async def test_a_request_has_the_name_that_its_client_gave_it(stream: bool) -> N
         assert refused.headers["x-request-id"] == "trace-2"
 
 
+@on_event_loop
+async def test_a_request_with_two_names_has_one() -> None:
+    async with served() as service:
+        request = service.client.build_request(
+            "POST",
+            "/v1/completions",
+            json={"prompt": TEXT},
+            headers=[("x-request-id", "first"), ("x-request-id", "second")],
+        )
+        response = await _answered(service, request)
+        [name] = response.headers.get_list("x-request-id")
+        assert response.json()["id"] == f"cmpl-{name}"
+
+
 async def _answered(service: Served, request: httpx.Request) -> httpx.Response:
     answer = asyncio.create_task(service.client.send(request))
     work = await service.work()
@@ -219,13 +244,22 @@ async def test_a_checkpoint_says_how_it_is_sampled(checkpoint: Path) -> None:
         assert await asked(**plain) == SamplingParams(seed=1)
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_p": 0}, {"top_k": "20"}, {"min_p": True}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"temperature": -1}, {"top_p": 0}, {"top_k": "20"}, {"top_k": 2.5}, {"top_k": -2}, {"min_p": True}],
+)
 def test_a_checkpoint_that_asks_for_what_no_request_may_is_refused(
     tmp_path: Path, wrong: dict[str, Any]
 ) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps(wrong))
     with pytest.raises(CheckpointError, match=next(iter(wrong))):
         load_sampling_defaults(tmp_path)
+
+
+@pytest.mark.parametrize("top_k", [-1, 0, 20, 20.0])
+def test_a_checkpoint_may_ask_for_what_a_request_may(tmp_path: Path, top_k: float) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"top_k": top_k}))
+    assert load_sampling_defaults(tmp_path) == SamplingDefaults(top_k=int(top_k))
 
 
 def test_a_checkpoint_may_say_nothing_about_sampling(tmp_path: Path) -> None:

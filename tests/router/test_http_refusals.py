@@ -94,6 +94,7 @@ WRONG_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "a", "suffix": "b"}, "suffix", "not supported"),
     ({"prompt": "a", "best_of": 2}, "best_of", "not supported"),
 ]
+LONG_CALL = {"function": {"name": "f", "arguments": "[" * 40_000}}
 WRONG_CHATS: list[tuple[dict[str, Any], str, str]] = [
     ({}, "messages", "required"),
     ({"messages": []}, "messages", "at least 1"),
@@ -102,6 +103,11 @@ WRONG_CHATS: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "'text'"),
     ({"messages": [{"role": "u", "content": "a", "nam": "b"}]}, "messages[0].nam", "no such field"),
     ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages", "required"),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [LONG_CALL, LONG_CALL]}]},
+        "messages",
+        "80000 characters in all, the limit is 65536",
+    ),
     (
         {"messages": MESSAGES, "continue_final_message": True, "add_generation_prompt": True},
         "add_generation_prompt",

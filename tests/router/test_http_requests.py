@@ -121,7 +121,7 @@ async def test_what_the_router_says_is_believed_for_a_moment(
     monkeypatch.setattr(service_module, "STATUS_AGE_SECONDS", DEADLINE_SECONDS)
     num_asked = 0
 
-    async def answer() -> Status:
+    async def answer(_address: str | None) -> Status:
         nonlocal num_asked
         num_asked += 1
         if is_there:
@@ -161,6 +161,24 @@ async def test_a_router_without_workers_leaves_its_requests_to_another() -> None
             assert "no worker" in error_of(await post(servers[1]), 503)["message"]
         for server in servers:
             await asyncio.to_thread(server.close)
+
+
+@on_event_loop
+async def test_of_several_routers_those_with_workers_say_what_a_request_may_have() -> None:
+    """The least of it, as any of them may get the request; whichever router came first."""
+    async with running_cluster() as without, running_cluster() as large, running_cluster() as small:
+        await large.worker("unified", max_context=2000)
+        await small.worker("unified", max_context=1000)
+        service = service_module.Service(
+            http_config(*(each.router.client_address for each in (without, large, small)))
+        )
+        try:
+            for address in service.client.addresses:
+                await service.client.status(address)
+            assert len((await service.ready_status()).workers) == 1
+            assert await service.max_request_tokens() == 1000
+        finally:
+            await service.close()
 
 
 @on_event_loop

@@ -31,7 +31,7 @@ class Conversation:
 Asked: TypeAlias = TextPrompt | TokenPrompt | Conversation
 
 # They are parsed on the loop, and what stands in strings is not counted when the body arrives.
-MAX_ARGUMENTS_CHARACTERS = 64 * 2**10
+MAX_ARGUMENTS_CHARACTERS = 2**19
 
 
 def prompts_of(body: CompletionBody) -> list[Asked]:

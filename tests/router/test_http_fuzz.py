@@ -129,7 +129,7 @@ async def statuses(service: Served, data: bytes) -> set[int]:
         writer.write(data)
         writer.write_eof()
         answer = await reader.read()
-    except ConnectionError:  # refused with bytes on the way
+    except OSError:  # refused with bytes on the way, and perhaps gone before the end of them
         return set()
     finally:
         writer.close()

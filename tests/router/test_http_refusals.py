@@ -94,7 +94,7 @@ WRONG_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "a", "suffix": "b"}, "suffix", "not supported"),
     ({"prompt": "a", "best_of": 2}, "best_of", "not supported"),
 ]
-LONG_CALL = {"function": {"name": "f", "arguments": "[" * 40_000}}
+LONG_CALL = {"function": {"name": "f", "arguments": "[" * 300_000}}
 WRONG_CHATS: list[tuple[dict[str, Any], str, str]] = [
     ({}, "messages", "required"),
     ({"messages": []}, "messages", "at least 1"),
@@ -106,7 +106,7 @@ WRONG_CHATS: list[tuple[dict[str, Any], str, str]] = [
     (
         {"messages": [{"role": "assistant", "tool_calls": [LONG_CALL, LONG_CALL]}]},
         "messages",
-        "80000 characters in all, the limit is 65536",
+        "600000 characters in all, the limit is 524288",
     ),
     (
         {"messages": MESSAGES, "continue_final_message": True, "add_generation_prompt": True},
